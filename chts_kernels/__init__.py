@@ -1,0 +1,40 @@
+"""CHTS kernels: transposable 2:4 and 1:4 sparse weights that stay compressed, their three passes and their evolution."""
+
+from ._version import __version__
+from .evolve import Evolution, evolve
+from .format import Operands, SparseWeight, random_ids
+from .ops.carry_over import carry_over_
+from .ops.pack import pack, pack_operands_, unpack
+from .ops.prune import prune
+from .ops.regrow import regrow
+from .ops.remove import remove
+from .ops.score import score
+from .ops.spmm import input_grad, spmm
+from .ops.weight_grad import weight_grad
+from .patterns import PatternTable, pattern_table
+from .target import capability_report
+
+
+
+__all__ = [
+    "Evolution",
+    "Operands",
+    "PatternTable",
+    "SparseWeight",
+    "__version__",
+    "capability_report",
+    "carry_over_",
+    "evolve",
+    "input_grad",
+    "pack",
+    "pack_operands_",
+    "pattern_table",
+    "prune",
+    "random_ids",
+    "regrow",
+    "remove",
+    "score",
+    "spmm",
+    "unpack",
+    "weight_grad",
+]

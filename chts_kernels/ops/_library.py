@@ -1,0 +1,103 @@
+"""One operation, several implementations: registration in ``torch.ops.chts``, selection, explanation.
+
+Each op has a *reference* in plain torch, which is its specification and the backend of every device without a kernel, and
+any number of kernels of the same signature. ``impl="auto"`` takes the first registered kernel that supports the
+arguments, else the reference; naming an implementation that cannot run raises and says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import check
+
+LIBRARY = torch.library.Library("chts", "DEF")
+REGISTRY: dict[str, Op] = {}
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """``run`` has the reference's signature; ``why_not`` takes the same arguments and returns None if it can run them."""
+
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str | None]
+
+
+class Op:
+    """A ``chts::`` operator. Calling it in eager mode goes straight to the implementation; under ``torch.compile``, fake
+    tensors or any other dispatch mode it goes through ``torch.ops.chts``.
+
+    Args:
+        schema: the operator's schema without the trailing ``impl`` argument, as in ``"unpack(Tensor values, ...) -> Tensor"``.
+        reference: the specification in torch operations; not differentiated through.
+        fake: output metadata from input metadata.
+    """
+
+    def __init__(self, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        arguments, _, returns = schema.partition(") -> ")
+        self.name = schema.partition("(")[0]
+        self.reference = reference
+        self.kernels: list[Implementation] = []
+        LIBRARY.define(f'{arguments}, str impl="auto") -> {returns}', tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"chts::{self.name}", lambda *args, impl="auto": fake(*args), lib=LIBRARY)
+        self.overload = getattr(torch.ops.chts, self.name).default
+        REGISTRY[self.name] = self
+
+    def kernel(self, name: str, why_not: Callable[..., str | None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorator: register an implementation; earlier registrations are preferred by ``impl="auto"``."""
+
+        def register(run: Callable[..., Any]) -> Callable[..., Any]:
+            self.kernels.append(Implementation(name, run, why_not))
+            return run
+
+        return register
+
+    @property
+    def names(self) -> list[str]:
+        return ["auto", "reference", *(k.name for k in self.kernels)]
+
+    def select(self, impl: str, *args: Any) -> Callable[..., Any]:
+        """The function that ``impl`` names for these arguments.
+
+        Raises:
+            ValueError: when ``impl`` is unknown.
+            RuntimeError: when the named implementation cannot run here; the message says why.
+        """
+        if impl == "reference":
+            return self._run_reference
+        for kernel in self.kernels:
+            if impl in ("auto", kernel.name):
+                reason = kernel.why_not(*args)
+                if reason is None:
+                    return kernel.run
+                if impl == kernel.name:
+                    raise RuntimeError(f"impl: {impl!r} cannot run chts.{self.name} here: {reason}")
+        check.choice(impl, "impl", self.names)
+        return self._run_reference
+
+    def _run_reference(self, *args: Any) -> Any:
+        device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+        if not torch.is_autocast_enabled(device):
+            return self.reference(*args)
+        with torch.autocast(device, enabled=False):  # the caller chose the dtypes; autocast must not choose again
+            return self.reference(*args)
+
+    def __call__(self, *args: Any, impl: str = "auto") -> Any:
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return self.overload(*args, impl=impl)
+        return self._run(*args, impl=impl)
+
+    def _run(self, *args: Any, impl: str = "auto") -> Any:
+        with torch.no_grad():
+            return self.select(impl, *args)(*args)
+
+
+def fakes_like(index: int = 0) -> Callable[..., torch.Tensor]:
+    """A fake whose output is shaped like one of the inputs."""
+    return lambda *args: torch.empty_like(args[index])

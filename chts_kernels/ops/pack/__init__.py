@@ -1,0 +1,97 @@
+"""pack: dense values at the links; unpack: its inverse; pack_operands_: what the sparse tensor cores read."""
+
+from __future__ import annotations
+
+import torch
+
+from ... import check
+from ...layout import metadata_shape
+from ...patterns import BLOCK
+from .._library import Op
+from . import reference
+
+PACK = Op(
+    "pack(Tensor dense, Tensor ids, int n) -> Tensor",
+    reference.pack,
+    lambda dense, ids, n: dense.new_empty(dense.shape[0], dense.shape[1] // BLOCK * n),
+)
+UNPACK = Op(
+    "unpack(Tensor values, Tensor ids, int n) -> Tensor",
+    reference.unpack,
+    lambda values, ids, n: values.new_empty(ids.shape[0] * BLOCK, ids.shape[1] * BLOCK),
+)
+PACK_OPERANDS_ = Op(
+    "pack_operands_(Tensor values, Tensor ids, int n, Tensor(a!)? operand, Tensor(b!) meta, Tensor(c!) operand_t, "
+    "Tensor(d!) meta_t) -> ()",
+    reference.pack_operands_,
+    lambda *args: None,
+)
+
+
+def pack(dense: torch.Tensor, ids: torch.Tensor, n: int = 2, *, impl: str = "auto") -> torch.Tensor:
+    """The values of ``dense`` at the links of ``ids``.
+
+    Which element is a link is read from the pattern, never from ``value != 0``: zeros, -0.0, inf and NaN all keep their
+    place and their bits.
+
+    Args:
+        dense: [N, K], float32, bfloat16, float16 or float64.
+        ids: pattern ids, uint8 [N/4, K/4].
+        n: links per row of a 4x4 block.
+
+    Returns:
+        [N, K*n/4], row-compressed, columns ascending, dtype of ``dense``.
+
+    Raises:
+        ValueError, TypeError: when shapes, dtypes or devices do not fit; the message names the argument.
+    """
+    check.links_per_row(n)
+    check.dense(dense)
+    check.ids(ids)
+    expected = (dense.shape[0] // BLOCK, dense.shape[1] // BLOCK)
+    check.require(tuple(ids.shape) == expected, "ids", f"have shape {expected} = dense.shape / 4", tuple(ids.shape))
+    check.same_device(dense=dense, ids=ids)
+    return PACK(dense, ids, n, impl=impl)
+
+
+def unpack(values: torch.Tensor, ids: torch.Tensor, n: int = 2, *, impl: str = "auto") -> torch.Tensor:
+    """The dense matrix [N, K] with ``values`` [N, K*n/4] at the links of ``ids`` [N/4, K/4] and +0 elsewhere.
+
+    Raises:
+        ValueError, TypeError: when shapes, dtypes or devices do not fit; the message names the argument.
+    """
+    check.links_per_row(n)
+    check.ids(ids)
+    check.values_for_ids(values, ids, n)
+    return UNPACK(values, ids, n, impl=impl)
+
+
+def empty_operands(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unfilled (operand [N, K/2], meta, operand_t [K, N/2], meta_t) for a [N, K] weight."""
+    return (
+        torch.empty(rows, columns // 2, dtype=dtype, device=device),
+        torch.empty(metadata_shape(rows, columns), dtype=torch.int32, device=device),
+        torch.empty(columns, rows // 2, dtype=dtype, device=device),
+        torch.empty(metadata_shape(columns, rows), dtype=torch.int32, device=device),
+    )
+
+
+def pack_operands_(
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    n: int,
+    operand: torch.Tensor | None,
+    meta: torch.Tensor,
+    operand_t: torch.Tensor,
+    meta_t: torch.Tensor,
+    *,
+    impl: str = "auto",
+) -> None:
+    """Fill the operands of :func:`empty_operands` in place from ``values`` [N, K*n/4] and ``ids`` [N/4, K/4].
+
+    ``operand`` and ``operand_t`` hold W and W^T as 2:4 rows in their own dtype (1:4 is widened by explicit zeros); None
+    for ``operand`` leaves it out, for 2:4 values that already have the compute dtype and are the operand. ``meta`` and ``meta_t`` the matching metadata (:mod:`chts_kernels.layout.metadata`).
+    """
+    PACK_OPERANDS_(values, ids, n, operand, meta, operand_t, meta_t, impl=impl)

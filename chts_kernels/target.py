@@ -1,0 +1,52 @@
+"""What this machine can do, and with which kernels."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from .ops._library import REGISTRY
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """(major, minor) of a CUDA device, None of any other."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+def _package_version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def capability_report() -> str:
+    """One screen of text: versions, devices, and for every operation the implementations and why one cannot run.
+
+    ``python -m chts_kernels`` prints it.
+    """
+    lines = [
+        f"chts {_package_version('chts')}  python {platform.python_version()}  torch {torch.__version__}  "
+        f"triton {_package_version('triton')}",
+        "",
+        "devices",
+        f"  cpu      {platform.machine()}, {torch.get_num_threads()} threads: reference implementations",
+    ]
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = "this torch is built without CUDA" if built is None else f"no device answers (torch built for CUDA {built})"
+        lines.append(f"  cuda     none: {why}")
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"{properties.major}.{properties.minor}"
+        lines.append(
+            f"  cuda:{index}   {properties.name}, compute capability {capability}, "
+            f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
+        )
+    lines += ["", "operations (auto takes the first that can run)"]
+    for op in REGISTRY.values():
+        names = [kernel.name for kernel in op.kernels]
+        lines.append(f"  {op.name:16} {', '.join([*names, 'reference'])}")
+    return "\n".join(lines)
