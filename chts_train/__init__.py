@@ -1,0 +1,26 @@
+"""CHTS training: sparse linear layers, their evolution, and the methods they are compared with."""
+
+from chts_kernels import __version__
+
+from .baselines import STELinear, attach_srste_decay
+from .linear import SparseLinear, SparsifyRecord, SparsityConfig, densify_, sparse_layers, sparsify_
+from .methods import METHODS, Method, attach_method, get_method
+from .topology import TopologyEvolver, TopologySchedule
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "STELinear",
+    "SparseLinear",
+    "SparsifyRecord",
+    "SparsityConfig",
+    "TopologyEvolver",
+    "TopologySchedule",
+    "__version__",
+    "attach_method",
+    "attach_srste_decay",
+    "densify_",
+    "get_method",
+    "sparse_layers",
+    "sparsify_",
+]

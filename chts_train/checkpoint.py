@@ -8,8 +8,8 @@
         model.safetensors                the model's state_dict: values, ids, dense parameters
         training.safetensors             optimizer moments, generator states, topology state
 
-The law: a checkpoint folder is written under a temporary name, every file and the folder are fsynced, then it is
-renamed, and only then does ``latest`` (itself replaced atomically) name it and are old ones deleted. A folder
+The law: a checkpoint folder is written under a temporary name, every file and the folder are fsynced, then it
+is renamed, and only then does ``latest`` (itself replaced atomically) name it and are old ones deleted. A folder
 that has its final name is never changed again. Hence at any instant ``latest`` names a complete checkpoint.
 
 Reading checks everything before anything is loaded: sizes and SHA-256 of all files, schema version, pattern
@@ -321,7 +321,7 @@ def _read_tensors(folder: Path, name: str, header: dict[str, Any]) -> dict[str, 
 
 
 def _complete(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first by time of writing: a run may have been set back to an earlier step."""
+    """Complete checkpoints, oldest first by time of writing: a run may have gone back to an earlier step."""
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and (p / HEADER).is_file()]

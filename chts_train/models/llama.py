@@ -8,7 +8,7 @@ those of Hugging Face ``LlamaForCausalLM``, so a dense state dict of this model 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ class LlamaConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    def fit(self, *, vocab_size: int) -> LlamaConfig:
+        """The same network for another vocabulary."""
+        return replace(self, vocab_size=vocab_size)
 
     def to_hf(self) -> dict[str, Any]:
         """The ``config.json`` with which transformers loads this model's dense state dict."""

@@ -1,0 +1,219 @@
+"""The sm_90 sparse product Y[T, N] = X[T, K] W[N, K]^T as a persistent, warp-specialised Gluon kernel around wgmma.sp.
+
+The instruction's sparse operand is its left one, so a tile is Y^T = W X^T: bm rows of W by bn tokens; the epilogue stores the transpose.
+One CTA (or cluster) per multiprocessor walks over the tiles. A loader warp fills a ring of stages with TMA and runs ahead into the next
+tile; the warpgroups multiply, and their stores run on under the next tile's products.
+
+Metadata words are fetched from global memory four steps ahead. A register that feeds a wgmma must not be written while any wgmma is in
+flight, or ptxas serialises them all (C7513): so four steps run on four fixed registers, then the pipe drains, then the words move.
+"""
+from __future__ import annotations
+
+from ...gluon_compat import gl, gluon, thread_barrier
+from .sm90_ptx import (
+    cluster_rank,
+    cluster_sync,
+    copies,
+    load_stage,
+    mbar_arrive,
+    mbar_init,
+    mbar_init_fence,
+    mbar_wait,
+    prefetch_maps,
+    shift_arrive,
+    shift_wait,
+    store_block,
+    store_drain,
+    warp_in_group,
+    wgmma_sp,
+    wgmma_wait_all,
+)
+
+
+@gluon.jit
+def _tile(t, num_m, num_n, GROUP: gl.constexpr):
+    """Tile t -> (row tile, token tile): column by column inside bands of GROUP row tiles."""
+    width = GROUP * num_n
+    band = t // width
+    size = gl.minimum(num_m - band * GROUP, GROUP)
+    r = t % width
+    return band * GROUP + r % size, r // size
+
+
+@gluon.jit
+def _load_partition(steps, num_m, num_n, start, stride, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr,
+                    BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr):
+    STAGE: gl.constexpr = BM * 64 + BN * 128
+    rank = 0
+    if CLUSTER > 1:
+        cluster_sync()
+        rank = cluster_rank()
+    if warp_in_group() == 0:
+        prefetch_maps()
+        s = 0
+        phase = 1
+        for t in range(start, num_m * num_n, stride):
+            pm, pn = _tile(t, num_m, num_n, GROUP)
+            pm = pm * CLUSTER + rank
+            for step in range(steps):
+                mbar_wait(BARRIERS + (STAGES + s) * 8, phase)
+                load_stage(RING + s * STAGE, BARRIERS + s * 8, pm * BM, pn * BN + rank * (BN // CLUSTER), step * 32, step * 64, rank,
+                           BM, BN, CLUSTER)
+                s += 1
+                if s == STAGES:
+                    s = 0
+                    phase ^= 1
+    if CLUSTER > 1:
+        cluster_sync()          # no CTA leaves while its peer may still write to it
+
+
+@gluon.jit
+def _multiply(accs, x, y, s, phase, flag, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr, ROWS: gl.constexpr,
+              BLOCKS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DTYPE: gl.constexpr):
+    """Issue one step's products, from stage s once it is full; the step before is finished on return. flag 0: overwrite."""
+    STAGE: gl.constexpr = BM * 64 + BN * 128
+    mbar_wait(BARRIERS + s * 8, phase)
+    at = s * (STAGE // 16 * 65537) + (RING // 16 * 65537 + (BN * 128 + ROWS * 64) // 16)
+    ab = gl.full(accs[0].shape, at | flag, gl.int32, accs[0].type.layout)
+    if BLOCKS == 1:
+        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), ), BN, DTYPE)
+    else:
+        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), gl.expand_dims(y, 1)), BN, DTYPE)
+    return accs
+
+
+@gluon.jit
+def _next(s, phase, STAGES: gl.constexpr):
+    s += 1
+    wrap = s == STAGES
+    return gl.where(wrap, 0, s), gl.where(wrap, phase ^ 1, phase)
+
+
+@gluon.jit
+def _words(meta_ptr, row, step, steps, tid):
+    """Metadata of four steps from `step` on, of the m64 block whose words begin at `row`. Past the last step: the last one's again."""
+    p = meta_ptr + row + tid
+    last = steps - 1
+    return (gl.load(p + gl.minimum(step, last) * 128), gl.load(p + gl.minimum(step + 1, last) * 128),
+            gl.load(p + gl.minimum(step + 2, last) * 128), gl.load(p + gl.minimum(step + 3, last) * 128))
+
+
+@gluon.jit
+def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, stride, WG: gl.constexpr, BM: gl.constexpr,
+                        BN: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
+                        Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, SHIFT: gl.constexpr,
+                        CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr):
+    """Warpgroup WG: rows [WG * BLOCKS * 64, (WG + 1) * BLOCKS * 64) of the tile."""
+    ROWS: gl.constexpr = WG * BLOCKS * 64
+    CHUNKS: gl.constexpr = BN // 2 // CHUNK
+    EMPTY: gl.constexpr = BARRIERS + STAGES * 8
+    # The accumulator is [thread, register], no MMA layout: per-thread scalars broadcast along a row, and every operand of the inline
+    # PTX has one shape.
+    L: gl.constexpr = gl.BlockedLayout([1, CHUNK], [32, 1], [4, 1], [1, 0])
+    tid = gl.arange(0, 128, gl.SliceLayout(1, L))
+    tiles = num_m * num_n
+    rank = 0
+    if CLUSTER > 1:
+        cluster_sync()
+        rank = cluster_rank()
+    accs = copies(gl.zeros([128, CHUNK], gl.float32, L), BLOCKS * CHUNKS)
+    pm, pn = _tile(start, num_m, num_n, GROUP)
+    pm = pm * CLUSTER + rank
+    row = (pm * (BM // 64) + WG * BLOCKS) * steps * 128
+    second = (BLOCKS - 1) * steps * 128               # the other m64 block's words; BLOCKS == 1: the same loads, merged by the compiler
+    x0, x1, x2, x3 = _words(meta_ptr, row, 0, steps, tid)
+    y0, y1, y2, y3 = _words(meta_ptr, row + second, 0, steps, tid)
+    s = 0
+    phase = 0
+    for t in range(start, tiles, stride):
+        nm, nn = _tile(gl.minimum(t + stride, tiles - 1), num_m, num_n, GROUP)
+        nm = nm * CLUSTER + rank
+        next_row = (nm * (BM // 64) + WG * BLOCKS) * steps * 128
+        if SHIFT > 0 and WG == 1:
+            if steps >= STAGES:
+                shift_wait()
+        for step in range(0, steps // 4 * 4, 4):
+            more = step + 4 < steps                   # else: fetch the next tile's first words
+            at = gl.where(more, row, next_row)
+            ahead = gl.where(more, step + 4, 0)
+            n0, n1, n2, n3 = _words(meta_ptr, at, ahead, steps, tid)
+            r0, r1, r2, r3 = _words(meta_ptr, at + second, ahead, steps, tid)
+            before = s
+            for v in gl.static_range(4):
+                flag = 0x8000
+                if v == 0:
+                    flag = gl.where(step > 0, 0x8000, 0)    # a tile's first product overwrites: no zeroing
+                x = x0 if v == 0 else (x1 if v == 1 else (x2 if v == 2 else x3))
+                y = y0 if v == 0 else (y1 if v == 1 else (y2 if v == 2 else y3))
+                accs = _multiply(accs, x, y, s, phase, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
+                if SHIFT == v + 1 and WG == 0:
+                    if (step == 0) & (steps >= STAGES):
+                        shift_arrive()
+                if v > 0:
+                    mbar_arrive(EMPTY + before * 8, CLUSTER)
+                before = s
+                s, phase = _next(s, phase, STAGES)
+            accs = wgmma_wait_all(accs)
+            mbar_arrive(EMPTY + before * 8, CLUSTER)
+            x0, x1, x2, x3 = n0, n1, n2, n3
+            y0, y1, y2, y3 = r0, r1, r2, r3
+        rest = steps % 4
+        if rest > 0:
+            n0, n1, n2, n3 = _words(meta_ptr, next_row, 0, steps, tid)
+            r0, r1, r2, r3 = _words(meta_ptr, next_row + second, 0, steps, tid)
+            for v in range(rest):
+                flag = gl.where((v > 0) | (steps >= 4), 0x8000, 0)
+                accs = _multiply(accs, x0, y0, s, phase, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
+                accs = wgmma_wait_all(accs)
+                mbar_arrive(EMPTY + s * 8, CLUSTER)
+                s, phase = _next(s, phase, STAGES)
+                x0, x1 = x1, x2
+                y0, y1 = y1, y2
+            x0, x1, x2, x3 = n0, n1, n2, n3
+            y0, y1, y2, y3 = r0, r1, r2, r3
+        for block in gl.static_range(BLOCKS):
+            out_row = pm * BM + ROWS + block * 64
+            if HAS_BIAS:
+                low = out_row + tid // 32 * 16 + tid % 32 // 4          # the D fragment's rows: 16 a warp, g and g + 8 a lane
+                b0 = gl.load(bias_ptr + low, mask=low < n_out, other=0.0).to(gl.float32)
+                b1 = gl.load(bias_ptr + low + 8, mask=low + 8 < n_out, other=0.0).to(gl.float32)
+                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN, (gl.expand_dims(b0, 1), gl.expand_dims(b1, 1)),
+                                   WG, DTYPE)
+            else:
+                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN, (), WG, DTYPE)
+        row = next_row
+        pm = nm
+        pn = nn
+    store_drain()
+    if CLUSTER > 1:
+        cluster_sync()
+
+
+@gluon.jit
+def chts_spmm_sm90(w_desc, x_desc, y_desc, meta_ptr, bias_ptr, n_out, steps, num_m, num_n, BM: gl.constexpr, BN: gl.constexpr,
+                   WARPGROUPS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
+                   Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, SHIFT: gl.constexpr,
+                   CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr):
+    """steps: 64-column steps of K; num_m counts row tiles of CLUSTER * BM rows. Shared memory from RING on: STAGES of (X tile, W tile),
+    an output buffer per warpgroup at Y_OFFSET, and at BARRIERS a full and an empty mbarrier per stage."""
+    for i in gl.static_range(STAGES):
+        mbar_init(BARRIERS + i * 8, 1)                                        # full: the loader's announcement
+        mbar_init(BARRIERS + (STAGES + i) * 8, 4 * WARPGROUPS * CLUSTER)      # empty: every multiplying warp of the cluster
+    mbar_init_fence()
+    thread_barrier()
+    start = gl.program_id(0) // CLUSTER
+    stride = gl.num_programs(0) // CLUSTER
+    if WARPGROUPS == 2:
+        gl.warp_specialize([
+            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, stride, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE)),
+            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, stride, 1, BM, BN, BLOCKS, STAGES, RING,
+                                   Y_OFFSET + Y_TOKENS * 128, Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE)),
+            (_load_partition, (steps, num_m, num_n, start, stride, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER)),
+        ], [4, 4], [240, 24])
+    else:
+        gl.warp_specialize([
+            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, stride, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE)),
+            (_load_partition, (steps, num_m, num_n, start, stride, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER)),
+        ], [4], [24])

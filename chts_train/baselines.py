@@ -1,0 +1,115 @@
+"""Baselines that keep dense weights: transposable STE and SR-STE (ALGORITHM section 5)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from chts_kernels import prune, unpack
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward: the masked weight. Backward: the gradient of the masked weight, passed to all weights."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+class STELinear(nn.Linear):
+    """A dense linear layer whose weight is masked to the best transposable N:M pattern in every forward pass.
+
+    Best by the sum of ``|w|`` over each 4x4 block, exactly. The gradient of the masked weight goes to all weights
+    (straight-through). SR-STE's term is added to the gradients by :func:`attach_srste_decay`.
+
+    Args:
+        in_features, out_features: positive multiples of 4.
+        bias, device, dtype: those of ``nn.Linear``.
+        n: links per group of four, 2 or 1.
+        srste_lambda: SR-STE's decay of masked-out weights; 0 is plain STE.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, n: int = 2, *, srste_lambda: float = 0.0, **factory: Any
+    ) -> None:
+        super().__init__(in_features, out_features, bias, **factory)
+        self._configure(n, srste_lambda)
+
+    def _configure(self, n: int, srste_lambda: float) -> None:
+        self.n, self.srste_lambda = n, srste_lambda
+        self._mask: torch.Tensor | None = None
+        self._mask_version: object = None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, n: int = 2, *, srste_lambda: float = 0.0) -> STELinear:
+        """The same layer, masked; shares no storage with ``linear``.
+
+        Raises:
+            ValueError: when a size is not divisible by 4 or ``n`` is neither 1 nor 2.
+        """
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        self._configure(n, srste_lambda)
+        self.mask()  # refuse illegal sizes here rather than in the first forward pass
+        return self.train(linear.training)
+
+    @torch.no_grad()
+    def mask(self) -> torch.Tensor:
+        """[out_features, in_features] of zeros and ones in the weight's dtype: today's best pattern.
+
+        Kept until the weight changes, so that micro-batches of one optimizer step search once.
+        """
+        version = (self.weight._version, self.weight.data_ptr(), self.weight.dtype)
+        if self._mask is None or self._mask_version != version:
+            ids = prune(self.weight, self.n)
+            ones = self.weight.new_ones(self.out_features, self.in_features * self.n // 4)
+            self._mask, self._mask_version = unpack(ones, ids, self.n), version
+        return self._mask
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] to [..., out_features]."""
+        return F.linear(x, _StraightThrough.apply(self.weight, self.mask()), self.bias)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with zeros where the mask is zero."""
+        from .linear import _dense_linear
+
+        with torch.no_grad():
+            return _dense_linear(self, self.weight * self.mask(), self.weight.requires_grad)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, n={self.n}, srste_lambda={self.srste_lambda:g}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_mask": None, "_mask_version": None}
+
+
+def attach_srste_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    """Add ``lambda * (1 - mask) * w`` to the gradient of every SR-STE weight before each optimizer step.
+
+    So the term passes through Adam, enters once per step whatever the number of micro-batches, and is not touched by loss
+    scaling. (1 - mask): the masked-OUT weights; the paper's formula lost the bar. ALGORITHM section 5.
+
+    Returns:
+        A handle whose ``remove()`` detaches it.
+    """
+    layers = [m for m in model.modules() if isinstance(m, STELinear) and m.srste_lambda > 0]
+
+    @torch.no_grad()
+    def add_decay(*_: Any) -> None:
+        for layer in layers:
+            if layer.weight.grad is not None:
+                layer.weight.grad.add_(layer.weight * (1 - layer.mask()), alpha=layer.srste_lambda)
+
+    return optimizer.register_step_pre_hook(add_decay)

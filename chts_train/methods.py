@@ -1,0 +1,97 @@
+"""The training methods by name: CHTs24 and CHTs14, their ablations, and the baselines (ALGORITHM sections 2, 4 and 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .baselines import attach_srste_decay
+from .linear import SparsityConfig
+from .topology import TopologyEvolver, TopologySchedule
+
+SRSTE_LAMBDA = 2e-4
+"""Where the tuning over 6e-5, 2e-4, 6e-4 starts."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method makes a model sparse and what it does with the topology.
+
+    ``kind`` is "dense", "sparse" (compressed weights) or "ste" (dense weights, masked in every forward pass); ``init`` the
+    initial topology, "random" or "magnitude"; ``removal`` and ``regrowth`` the rule, None for a topology that stays.
+    """
+
+    name: str
+    description: str
+    kind: str = "sparse"
+    n: int = 2
+    init: str = "random"
+    removal: str | None = None
+    regrowth: str | None = None
+    srste_lambda: float = 0.0
+
+    @property
+    def evolves(self) -> bool:
+        return self.removal is not None
+
+    def sparsity_config(self, seed: int = 0, *, init: str | None = None, srste_lambda: float | None = None) -> SparsityConfig | None:
+        """The argument for :func:`chts_train.sparsify_`; None for the dense method.
+
+        Args:
+            seed: of random patterns.
+            init: another initial topology; re-training passes "magnitude".
+            srste_lambda: another decay, for SR-STE methods.
+        """
+        if self.kind == "dense":
+            return None
+        decay = self.srste_lambda if srste_lambda is None or self.srste_lambda == 0 else srste_lambda
+        return SparsityConfig(n=self.n, init=init or self.init, seed=seed, kind=self.kind, srste_lambda=decay)
+
+
+def _methods() -> dict[str, Method]:
+    both = []
+    for n, tag in ((2, "24"), (1, "14")):
+        other = "" if n == 2 else "14"
+        soft = {"n": n, "removal": "soft", "regrowth": "soft"}
+        both += [
+            Method(f"chts{tag}", f"soft removal, Cannistraci-Hebb scores, soft regrowth, {n}:4", **soft),
+            Method(f"random-regrow{other}", f"chts{tag} with random regrowth: the control", n=n, removal="soft", regrowth="random"),
+            Method(f"greedy{other}", "hard removal, greedy regrowth (ablation)", n=n, removal="hard", regrowth="greedy"),
+            Method(f"soft-regrow{other}", "hard removal, soft regrowth (ablation)", n=n, removal="hard", regrowth="soft"),
+            Method(f"static{other}", f"random {n}:4 patterns that stay", n=n),
+            Method(f"ste{tag}", f"dense weights, transposable {n}:4 mask in every forward pass", n=n, kind="ste"),
+            Method(f"srste{tag}", f"ste{tag} with decay of masked-out weights", n=n, kind="ste", srste_lambda=SRSTE_LAMBDA),
+            Method(f"nvidia{other}", f"prune to {n}:4 by magnitude once, keep the mask", n=n, init="magnitude"),
+        ]
+    return {m.name: m for m in [Method("dense", "no sparsity", kind="dense"), *both]}
+
+
+METHODS: dict[str, Method] = _methods()
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        ValueError: when there is none; the message lists them.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method: must be one of {list(METHODS)}, got {name!r}")
+    return METHODS[name]
+
+
+def attach_method(
+    method: Method, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: TopologySchedule, seed: int = 0
+) -> TopologyEvolver | None:
+    """What a method needs besides the sparse model: SR-STE's decay is hooked into the optimizer, an evolver is returned.
+
+    Returns:
+        The evolver (not attached: call its ``step`` in the loop), or None when the topology does not evolve.
+    """
+    if method.srste_lambda > 0:
+        attach_srste_decay(model, optimizer)
+    if not method.evolves:
+        return None
+    return TopologyEvolver(model, optimizer, schedule, removal=method.removal, regrowth=method.regrowth, seed=seed)
