@@ -19,7 +19,8 @@ def require(condition: bool, argument: str, rule: str, value: object, error: typ
 
 def links_per_row(n: int) -> None:
     """``n`` is 1 or 2."""
-    require(n in (1, 2) and not isinstance(n, bool), "n", "be 1 (1:4) or 2 (2:4)", repr(n))
+    is_int = isinstance(n, int) and not isinstance(n, bool)
+    require(is_int and n in (1, 2), "n", "be 1 (1:4) or 2 (2:4)", repr(n))
 
 
 def tensor(value: object, argument: str) -> None:
@@ -75,6 +76,14 @@ def values_for_ids(value: torch.Tensor, id_tensor: torch.Tensor, n: int, argumen
         f"have shape {expected} = [4 * ids.shape[0], {n} * ids.shape[1]] for n = {n}",
         tuple(value.shape),
     )
+    same_device(**{argument: value, "ids": id_tensor})
+
+
+def link_data(value: torch.Tensor, id_tensor: torch.Tensor, n: int, argument: str) -> None:
+    """A tensor of any dtype with one element per link, in the order of the values."""
+    tensor(value, argument)
+    expected = (id_tensor.shape[0] * BLOCK, id_tensor.shape[1] * n)
+    require(tuple(value.shape) == expected, argument, f"have shape {expected}", tuple(value.shape))
     same_device(**{argument: value, "ids": id_tensor})
 
 

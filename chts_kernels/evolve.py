@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from . import check
 from .format import SparseWeight
 from .ops.carry_over import carry_over_
 from .ops.regrow import regrow
@@ -65,6 +66,11 @@ def evolve(
     Raises:
         ValueError, TypeError: when an argument does not fit; the message names it; then nothing was changed.
     """
+    check.require(isinstance(w, SparseWeight), "w", "be a SparseWeight", type(w).__name__, TypeError)
+    check.choice(regrowth, "regrowth", ("soft", "greedy", "random"))
+    check.choice(removal, "removal", ("soft", "hard"))
+    for index, moment in enumerate(moments):
+        check.link_data(moment, w.ids, w.n, f"moments[{index}]")
     survivors = remove(
         w.values, w.ids, w.n, zeta=zeta, temperature=temperature, mode=removal,
         seed=seed, layer=layer, step=step, impl=impl,

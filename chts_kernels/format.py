@@ -152,11 +152,12 @@ class Operands:
     through ``.data`` or from a foreign kernel does not, and calls for :meth:`invalidate`.
     """
 
-    __slots__ = ("_key", "meta", "meta_t", "values", "values_t")
+    __slots__ = ("_key", "_shared", "meta", "meta_t", "values", "values_t")
 
     def __init__(self) -> None:
         self.invalidate()
         self.values = self.meta = self.values_t = self.meta_t = None
+        self._shared = False
 
     def invalidate(self) -> None:
         """Have the next :meth:`refresh` pack again, whatever the version counters say."""
@@ -178,10 +179,15 @@ class Operands:
         fits = meta is not None and meta.device == values.device and self.values_t.dtype == dtype
         if not fits or self.values_t.shape != (shape[1], shape[0] // 2):
             self.values, self.meta, self.values_t, self.meta_t = empty_operands(*shape, dtype, values.device)
+            self._shared = False
         if n == 2 and values.dtype == dtype:
             self.values = values.detach()  # already the operand: no copy
+            self._shared = True
             PACK_OPERANDS_(values, ids, n, None, self.meta, self.values_t, self.meta_t)
         else:
+            if self._shared:  # the values of a former master: not ours to write to
+                self.values = self.values_t.new_empty(shape[0], shape[1] // 2)
+                self._shared = False
             PACK_OPERANDS_(values, ids, n, self.values, self.meta, self.values_t, self.meta_t)
         self._key = key
 

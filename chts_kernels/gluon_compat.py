@@ -19,6 +19,7 @@ import tempfile
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -77,7 +78,7 @@ def triton_shared_bytes(compiled) -> int:
 
 def ptxas_log(ptx: str, arch: str = "sm_90a") -> str:
     """`ptxas -v` on PTX text: the resource report and the performance warnings (C75xx). Raises RuntimeError when it does not assemble."""
-    ptxas = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "ptxas")
+    ptxas = get_ptxas(int("".join(filter(str.isdigit, arch)))).path      # the one that Triton assembles with: 3.9 has another for sm_90
     with tempfile.TemporaryDirectory() as folder:
         source = os.path.join(folder, "kernel.ptx")
         with open(source, "w") as file:

@@ -145,4 +145,6 @@ def _table_tensor(n: int, name: str, device: torch.device) -> torch.Tensor:
         array = array.astype(np.int32)
     # A real tensor even when the first caller runs under FakeTensorMode or inference mode: it is cached for everyone.
     with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.inference_mode(False):
-        return torch.from_numpy(array.copy()).to(device)
+        made = torch.from_numpy(array.copy())
+        # From pinned memory the copy is asynchronous: the first update on a device must not wait for it either.
+        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)

@@ -43,19 +43,14 @@ def philox(counter: tuple[torch.Tensor | int, ...], key: tuple[int, int]) -> tup
     Returns:
         Four int64 tensors holding values in [0, 2**32).
     """
-    words = torch.broadcast_tensors(*(torch.as_tensor(c, dtype=torch.int64) for c in _on_one_device(counter)))
-    c0, c1, c2, c3 = words
+    # Ints stay ints until they meet a tensor: a tensor made from one would have the host wait for the device.
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # mod 2**64: the wrap of int64 keeps all the bits
         c0, c1, c2, c3 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0, p1 & _MASK32, ((p0 >> 32) & _MASK32) ^ c3 ^ k1, p0 & _MASK32
         k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
-    return c0, c1, c2, c3
-
-
-def _on_one_device(counter: tuple[torch.Tensor | int, ...]) -> list[torch.Tensor | int]:
-    device = next((c.device for c in counter if isinstance(c, torch.Tensor)), None)
-    return [torch.tensor(c, device=device) if isinstance(c, int) else c for c in counter]
+    return tuple(torch.as_tensor(c) for c in (c0, c1, c2, c3))
 
 
 def random_bits(

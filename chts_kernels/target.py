@@ -2,17 +2,42 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from importlib import metadata
 
 import torch
 
-from .ops._library import REGISTRY
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:
-    """(major, minor) of a CUDA device, None of any other."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    """(major, minor) of a CUDA device, None of any other device."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return None
+    return _capability(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def why_not_cuda(
+    device: torch.device, minimum: tuple[int, int] = (8, 0), maximum: tuple[int, int] | None = None
+) -> str | None:
+    """None when ``device`` is a CUDA device of compute capability ``minimum`` to ``maximum``, else the reason."""
+    capability = compute_capability(device)
+    if capability is None:
+        return f"it needs a CUDA device, got {device.type}"
+    if capability < minimum or (maximum is not None and capability > maximum):
+        wanted = f"{minimum[0]}.{minimum[1]}" + (" or higher" if maximum is None else "" if maximum == minimum else " to "
+                                                 f"{maximum[0]}.{maximum[1]}")
+        return f"it needs compute capability {wanted}, {device} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def has_sparse_tensor_core_kernel(device: torch.device) -> bool:
+    """Whether a kernel of this package drives this device's sparse tensor cores."""
+    return why_not_cuda(device, (9, 0), (9, 0)) is None
 
 
 def _package_version(name: str) -> str:
@@ -27,6 +52,8 @@ def capability_report() -> str:
 
     ``python -m chts_kernels`` prints it.
     """
+    from .ops._library import REGISTRY
+
     lines = [
         f"chts {_package_version('chts')}  python {platform.python_version()}  torch {torch.__version__}  "
         f"triton {_package_version('triton')}",

@@ -137,8 +137,8 @@ def assert_no_worse_than(
     """The error of ``actual`` is at most ``factor`` times that of ``baseline``, plain torch on the very same inputs.
 
     Both the largest and the root-mean-square absolute error count, each with one rounding (of the largest, of the
-    root-mean-square result) to the dtype of ``actual`` on top, for a baseline that happens to be exact. Elements that are finite in ``exact`` and
-    ``baseline`` must be finite; where ``exact`` is inf or NaN, ``actual`` must hold the same.
+    root-mean-square result) to the dtype of ``actual`` on top, for a baseline that happens to be exact. Elements that are
+    finite in ``exact`` and ``baseline`` must be finite; where ``exact`` is inf or NaN, ``actual`` must hold the same.
 
     Args:
         actual: the result under test, any floating dtype.

@@ -38,7 +38,14 @@ class STELinear(nn.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, n: int = 2, *, srste_lambda: float = 0.0, **factory: Any
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        n: int = 2,
+        *,
+        srste_lambda: float = 0.0,
+        **factory: Any,
     ) -> None:
         super().__init__(in_features, out_features, bias, **factory)
         self._configure(n, srste_lambda)
@@ -59,7 +66,9 @@ class STELinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight = nn.Parameter(linear.weight.detach().clone(), linear.weight.requires_grad)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        self.bias = (
+            None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        )
         self._configure(n, srste_lambda)
         self.mask()  # refuse illegal sizes here rather than in the first forward pass
         return self.train(linear.training)

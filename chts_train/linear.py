@@ -33,6 +33,9 @@ class SparseLinear(nn.Module):
         n: links per group of four: 2 (2:4) or 1 (1:4).
         device, dtype: of the parameters; float32, bfloat16, float16 or float64.
 
+    The attribute ``impl`` ("auto", "reference" or a kernel's name) chooses the implementation of every pass and of the
+    evolution of this layer.
+
     Raises:
         ValueError: when a size is not a positive multiple of 4 or ``n`` is neither 1 nor 2.
 
@@ -41,6 +44,7 @@ class SparseLinear(nn.Module):
     """
 
     ids: torch.Tensor
+    impl: str = "auto"
 
     def __init__(
         self,
@@ -75,7 +79,7 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
-        return spmm(x, self.weight, self.bias)
+        return spmm(x, self.weight, self.bias, impl=self.impl)
 
     @classmethod
     def from_linear(
@@ -104,7 +108,9 @@ class SparseLinear(nn.Module):
         self.in_features, self.out_features, self.n = linear.in_features, linear.out_features, n
         self.register_buffer("ids", ids)
         self.values = nn.Parameter(pack(weight, ids, n), requires_grad=linear.weight.requires_grad)
-        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        self.bias = (
+            None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        )
         self._operands = Operands()
         return self.train(linear.training)
 
@@ -149,6 +155,7 @@ class SparsityConfig:
         kind: "sparse" (:class:`SparseLinear`) or "ste" (:class:`chts_train.baselines.STELinear`: dense weights, masked in
             every forward pass).
         srste_lambda: SR-STE's decay of masked-out weights; 0 is plain STE.
+        impl: of the sparse layers: "auto", "reference" or a kernel's name.
     """
 
     n: int = 2
@@ -156,6 +163,7 @@ class SparsityConfig:
     seed: int = 0
     kind: str = "sparse"
     srste_lambda: float = 0.0
+    impl: str = "auto"
 
     def __post_init__(self) -> None:
         for name, options in {"n": (1, 2), "init": ("random", "magnitude"), "kind": ("sparse", "ste")}.items():
@@ -200,7 +208,9 @@ def sparsify_(
     """
     config = config or SparsityConfig()
     if isinstance(model, nn.Linear):
-        raise ValueError("model: must contain the layers to replace, got a bare nn.Linear; use SparseLinear.from_linear")
+        raise ValueError(
+            "model: must contain the layers to replace, got a bare nn.Linear; use SparseLinear.from_linear"
+        )
     output = getattr(model, "get_output_embeddings", lambda: None)()
     uses: dict[int, int] = {}
     for module in model.modules():
@@ -219,9 +229,9 @@ def sparsify_(
         if config.kind == "ste":
             replacements[module] = STELinear.from_linear(module, config.n, srste_lambda=config.srste_lambda)
         else:
-            replacements[module] = SparseLinear.from_linear(
-                module, config.n, init=config.init, seed=config.seed, layer=layer
-            )
+            sparse = SparseLinear.from_linear(module, config.n, init=config.init, seed=config.seed, layer=layer)
+            sparse.impl = config.impl
+            replacements[module] = sparse
         layer += 1
         shape = f"{module.out_features} x {module.in_features}"
         records.append(SparsifyRecord(name, config.kind, f"{shape} to {config.n}:4"))

@@ -36,18 +36,23 @@ class Method:
     def evolves(self) -> bool:
         return self.removal is not None
 
-    def sparsity_config(self, seed: int = 0, *, init: str | None = None, srste_lambda: float | None = None) -> SparsityConfig | None:
+    def sparsity_config(
+        self, seed: int = 0, *, init: str | None = None, srste_lambda: float | None = None, impl: str = "auto"
+    ) -> SparsityConfig | None:
         """The argument for :func:`chts_train.sparsify_`; None for the dense method.
 
         Args:
             seed: of random patterns.
             init: another initial topology; re-training passes "magnitude".
             srste_lambda: another decay, for SR-STE methods.
+            impl: implementation of the sparse layers.
         """
         if self.kind == "dense":
             return None
         decay = self.srste_lambda if srste_lambda is None or self.srste_lambda == 0 else srste_lambda
-        return SparsityConfig(n=self.n, init=init or self.init, seed=seed, kind=self.kind, srste_lambda=decay)
+        return SparsityConfig(
+            n=self.n, init=init or self.init, seed=seed, kind=self.kind, srste_lambda=decay, impl=impl
+        )
 
 
 def _methods() -> dict[str, Method]:
@@ -57,12 +62,24 @@ def _methods() -> dict[str, Method]:
         soft = {"n": n, "removal": "soft", "regrowth": "soft"}
         both += [
             Method(f"chts{tag}", f"soft removal, Cannistraci-Hebb scores, soft regrowth, {n}:4", **soft),
-            Method(f"random-regrow{other}", f"chts{tag} with random regrowth: the control", n=n, removal="soft", regrowth="random"),
-            Method(f"greedy{other}", "hard removal, greedy regrowth (ablation)", n=n, removal="hard", regrowth="greedy"),
-            Method(f"soft-regrow{other}", "hard removal, soft regrowth (ablation)", n=n, removal="hard", regrowth="soft"),
+            Method(
+                f"random-regrow{other}",
+                f"chts{tag} with random regrowth: the control",
+                n=n,
+                removal="soft",
+                regrowth="random",
+            ),
+            Method(
+                f"greedy{other}", "hard removal, greedy regrowth (ablation)", n=n, removal="hard", regrowth="greedy"
+            ),
+            Method(
+                f"soft-regrow{other}", "hard removal, soft regrowth (ablation)", n=n, removal="hard", regrowth="soft"
+            ),
             Method(f"static{other}", f"random {n}:4 patterns that stay", n=n),
             Method(f"ste{tag}", f"dense weights, transposable {n}:4 mask in every forward pass", n=n, kind="ste"),
-            Method(f"srste{tag}", f"ste{tag} with decay of masked-out weights", n=n, kind="ste", srste_lambda=SRSTE_LAMBDA),
+            Method(
+                f"srste{tag}", f"ste{tag} with decay of masked-out weights", n=n, kind="ste", srste_lambda=SRSTE_LAMBDA
+            ),
             Method(f"nvidia{other}", f"prune to {n}:4 by magnitude once, keep the mask", n=n, init="magnitude"),
         ]
     return {m.name: m for m in [Method("dense", "no sparsity", kind="dense"), *both]}

@@ -217,12 +217,16 @@ class TopologyEvolver:
         """
         for key in ("seed", "removal", "regrowth"):
             if state[key] != getattr(self, key):
-                raise ValueError(f"{key}: must be this evolver's {getattr(self, key)!r}, got {state[key]!r} in the state")
+                raise ValueError(
+                    f"{key}: must be this evolver's {getattr(self, key)!r}, got {state[key]!r} in the state"
+                )
         if list(state["ages"]) != list(self.ages):
             raise ValueError(f"ages: must be of the layers {list(self.ages)}, got {list(state['ages'])}")
         for name, age in state["ages"].items():
             if age.shape != self.ages[name].shape:
-                raise ValueError(f"ages[{name!r}]: must have shape {tuple(self.ages[name].shape)}, got {tuple(age.shape)}")
+                raise ValueError(
+                    f"ages[{name!r}]: must have shape {tuple(self.ages[name].shape)}, got {tuple(age.shape)}"
+                )
         for name, age in state["ages"].items():
             self.ages[name].copy_(age)
         self.step_count, self.updates = state["step"], state["updates"]
@@ -251,6 +255,7 @@ class TopologyEvolver:
                 step=self.step_count,
                 moments=[*moments[name], age],
                 stats=self.collect_stats,
+                impl=layer.impl,
             )
             numbers = {**result.stats, "link_age_mean": age.double().mean()} if result.stats else {}
             self._figures[name] = {"removed": result.removed, "device": numbers}
@@ -270,8 +275,16 @@ class TopologyEvolver:
         for key, entry in self.optimizer.state.get(values, {}).items():
             if isinstance(entry, torch.Tensor) and entry.shape == values.shape:
                 found.append(entry)
-            elif not (entry is None or isinstance(entry, int | float) or (isinstance(entry, torch.Tensor) and entry.numel() == 1)):
-                what = f"a tensor of shape {tuple(entry.shape)}" if isinstance(entry, torch.Tensor) else type(entry).__name__
+            elif not (
+                entry is None
+                or isinstance(entry, int | float)
+                or (isinstance(entry, torch.Tensor) and entry.numel() == 1)
+            ):
+                what = (
+                    f"a tensor of shape {tuple(entry.shape)}"
+                    if isinstance(entry, torch.Tensor)
+                    else type(entry).__name__
+                )
                 raise TypeError(
                     f"optimizer: must keep per-parameter state in the parameter's shape for links to carry it along, got "
                     f"{type(self.optimizer).__name__} with state[{key!r}] = {what} for {name}.values {tuple(values.shape)}"

@@ -43,7 +43,8 @@ class Op:
         self.name = schema.partition("(")[0]
         self.reference = reference
         self.kernels: list[Implementation] = []
-        LIBRARY.define(f'{arguments}, str impl="auto") -> {returns}', tags=(torch.Tag.pt2_compliant_tag,))
+        # Keyword-only: the dispatcher hands positional arguments over without their names.
+        LIBRARY.define(f'{arguments}, *, str impl="auto") -> {returns}', tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"chts::{self.name}", lambda *args, impl="auto": fake(*args), lib=LIBRARY)
         self.overload = getattr(torch.ops.chts, self.name).default

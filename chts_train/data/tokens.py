@@ -40,9 +40,7 @@ class TokenDocs:
     @classmethod
     def from_boundaries(cls, tokens: np.ndarray, end_of_text: int) -> TokenDocs:
         """Cut ``tokens`` after every ``end_of_text`` (which stays with the document that it ends)."""
-        cuts = [
-            np.flatnonzero(chunk == end_of_text).astype(np.int64) + offset + 1 for offset, chunk in _chunks(tokens)
-        ]
+        cuts = [np.flatnonzero(chunk == end_of_text).astype(np.int64) + offset + 1 for offset, chunk in _chunks(tokens)]
         ends = np.concatenate([*cuts, np.array([len(tokens)], np.int64)])
         if len(ends) > 1 and ends[-1] == ends[-2]:
             ends = ends[:-1]
@@ -73,17 +71,19 @@ class TokenDocs:
     def target_counts(self, vocab_size: int) -> np.ndarray:
         """How often each id is a target, int64 [vocab_size]: every token but the first of its document."""
         counts = np.zeros(vocab_size, np.int64)
-        for document in self._runs():
-            for _, chunk in _chunks(document[1:]):
-                counts += np.bincount(chunk, minlength=vocab_size)
+        group: list[np.ndarray] = []
+        waiting = 0
+        for index in range(len(self)):  # counted in groups: a bincount per document would cost documents * vocab_size
+            group.append(self[index][1:])
+            waiting += len(group[-1])
+            if waiting >= _CHUNK or index == len(self) - 1:
+                counts += np.bincount(np.concatenate(group), minlength=vocab_size)
+                group, waiting = [], 0
         return counts
 
     def max_id(self) -> int:
         """Largest token id; -1 when there is no token."""
         return max((int(chunk.max()) for _, chunk in _chunks(self.tokens)), default=-1)
-
-    def _runs(self) -> Iterator[np.ndarray]:
-        return (self[i] for i in range(len(self)))
 
 
 def _chunks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

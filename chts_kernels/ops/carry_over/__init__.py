@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 
 from ... import check
-from ...patterns import BLOCK
 from .._library import Op
 from . import reference
 
@@ -38,11 +37,8 @@ def carry_over_(
     check.ids(old_ids, "old_ids")
     check.ids(new_ids, "new_ids")
     check.require(new_ids.shape == old_ids.shape, "new_ids", f"have the shape of old_ids {tuple(old_ids.shape)}", tuple(new_ids.shape))
-    expected = (old_ids.shape[0] * BLOCK, old_ids.shape[1] * n)
+    check.same_device(old_ids=old_ids, new_ids=new_ids)
     for index, tensor in enumerate(tensors):
-        name = f"tensors[{index}]"
-        check.tensor(tensor, name)
-        check.require(tuple(tensor.shape) == expected, name, f"have shape {expected}", tuple(tensor.shape))
-        check.same_device(**{name: tensor, "old_ids": old_ids, "new_ids": new_ids})
+        check.link_data(tensor, old_ids, n, f"tensors[{index}]")
     if tensors:
         CARRY_OVER_(list(tensors), old_ids, new_ids, n, impl=impl)

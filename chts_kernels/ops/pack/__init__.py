@@ -92,6 +92,26 @@ def pack_operands_(
     """Fill the operands of :func:`empty_operands` in place from ``values`` [N, K*n/4] and ``ids`` [N/4, K/4].
 
     ``operand`` and ``operand_t`` hold W and W^T as 2:4 rows in their own dtype (1:4 is widened by explicit zeros); None
-    for ``operand`` leaves it out, for 2:4 values that already have the compute dtype and are the operand. ``meta`` and ``meta_t`` the matching metadata (:mod:`chts_kernels.layout.metadata`).
+    for ``operand`` leaves it out, for 2:4 values that already have the compute dtype and are the operand. ``meta`` and
+    ``meta_t`` hold the matching metadata (:mod:`chts_kernels.layout.metadata`).
+
+    Raises:
+        ValueError, TypeError: when shapes, dtypes or devices do not fit; the message names the argument.
     """
+    check.links_per_row(n)
+    check.ids(ids)
+    check.values_for_ids(values, ids, n)
+    rows, columns = ids.shape[0] * BLOCK, ids.shape[1] * BLOCK
+    for name, tensor, shape in (
+        ("operand", operand, (rows, columns // 2)),
+        ("meta", meta, metadata_shape(rows, columns)),
+        ("operand_t", operand_t, (columns, rows // 2)),
+        ("meta_t", meta_t, metadata_shape(columns, rows)),
+    ):
+        if tensor is not None or name != "operand":
+            check.floating(tensor, name, (torch.int32,) if name.startswith("meta") else check.FLOATS)
+            check.require(tuple(tensor.shape) == shape, name, f"have shape {shape}", tuple(tensor.shape))
+    if operand is not None:
+        check.floating(operand, "operand", (operand_t.dtype,))
+    check.same_device(ids=ids, operand=operand, meta=meta, operand_t=operand_t, meta_t=meta_t)
     PACK_OPERANDS_(values, ids, n, operand, meta, operand_t, meta_t, impl=impl)

@@ -46,7 +46,7 @@ def best_pattern(scores: torch.Tensor, n: int, required: torch.Tensor | None = N
             better &= (required & ~int(table.mask16[pattern])) == 0
         best = torch.where(better, total, best)
         best_id = torch.where(better, pattern, best_id)
-    return best_id.to(torch.uint8)
+    return best_id.to(torch.uint8).contiguous()  # the strides of torch.where follow those of the scores
 
 
 def sum_in_order(terms: list[torch.Tensor]) -> torch.Tensor:

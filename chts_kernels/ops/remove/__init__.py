@@ -8,6 +8,9 @@ from ... import check
 from .._library import Op
 from . import reference
 
+MIN_TEMPERATURE = 1e-30
+"""Below about 1e-37, G / T overflows float32 and the rank of a zero (-inf + inf) is lost."""
+
 REMOVE = Op(
     "remove(Tensor values, Tensor ids, int n, float zeta, float temperature, str mode, int seed, int layer, int step) -> Tensor",
     reference.remove,
@@ -40,7 +43,7 @@ def remove(
         ids: uint8 [N/4, K/4].
         n: links per row of a 4x4 block.
         zeta: fraction of the active links to remove, in [0, 1].
-        temperature: T > 0 of the soft removal.
+        temperature: T of the soft removal, at least 1e-30.
         mode: "soft" or "hard".
         seed, layer, step: what the noise is drawn for (:mod:`chts_kernels.rng`).
 
@@ -54,6 +57,6 @@ def remove(
     check.ids(ids)
     check.values_for_ids(values, ids, n)
     check.require(0.0 <= zeta <= 1.0, "zeta", "be in [0, 1] (a fraction of the active links)", zeta)
-    check.require(temperature > 0.0, "temperature", "be positive", temperature)
+    check.require(temperature >= MIN_TEMPERATURE, "temperature", f"be at least {MIN_TEMPERATURE}", temperature)
     check.choice(mode, "mode", ("soft", "hard"))
     return REMOVE(values, ids, n, float(zeta), float(temperature), mode, seed, layer, step, impl=impl)

@@ -23,7 +23,7 @@ def rank_keys(
     )  # fmt: skip
     noise = rng.gumbel(pack(bits, ids, n))
     # One float32 product, one float32 sum: what a kernel without fused multiply-add computes.
-    return rng.log_float32(magnitude) + noise * torch.tensor(1.0 / temperature, dtype=torch.float32, device=values.device)
+    return rng.log_float32(magnitude) + noise * (1.0 / temperature)
 
 
 def remove(
@@ -40,6 +40,6 @@ def remove(
     keys = rank_keys(values, ids, n, mode, temperature, seed, layer, step).flatten()
     order = torch.sort(keys, stable=True).indices  # stable: equal keys go by index
     kept = torch.ones_like(keys, dtype=torch.bool)
-    kept[order[: int(zeta * keys.numel())]] = False
+    kept.index_fill_(0, order[: int(zeta * keys.numel())], False)
     links = blocks(unpack(kept.view(values.shape), ids, n)).flatten(2)
     return (links.int() << torch.arange(16, dtype=torch.int32, device=ids.device)).sum(-1, dtype=torch.int32)

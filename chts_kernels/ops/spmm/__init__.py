@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ... import check
+from ... import check, target
 from ...patterns import BLOCK
 from .._library import Op
+from ..pack import PACK_OPERANDS_, empty_operands
 from . import reference
 
 if TYPE_CHECKING:
@@ -27,21 +28,77 @@ INPUT_GRAD = Op(
 )
 
 
+TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _why_not_wgmma_sp(x: torch.Tensor, *_: object) -> str | None:
+    reason = target.why_not_cuda(x.device, (9, 0), (9, 0))
+    if reason is None and x.dtype not in TENSOR_CORE_DTYPES:
+        reason = f"it computes in bfloat16 or float16, got {x.dtype} (cast x, or use autocast)"
+    return reason
+
+
+@SPMM.kernel("wgmma_sp", _why_not_wgmma_sp)
+def _spmm_wgmma_sp(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    n: int,
+    bias: torch.Tensor | None,
+    operand: torch.Tensor | None,
+    meta: torch.Tensor | None,
+) -> torch.Tensor:
+    from .sm90_wgmma_sp import spmm_sm90
+
+    if operand is None or meta is None:
+        operand, meta, _, _ = _packed(values, ids, n, x.dtype)
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+        bias = bias.float()
+    return spmm_sm90(x, operand, meta, ids.shape[0] * BLOCK, bias)
+
+
+@INPUT_GRAD.kernel("wgmma_sp", _why_not_wgmma_sp)
+def _input_grad_wgmma_sp(
+    dy: torch.Tensor,
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    n: int,
+    operand_t: torch.Tensor | None,
+    meta_t: torch.Tensor | None,
+) -> torch.Tensor:
+    from .sm90_wgmma_sp import spmm_sm90
+
+    if operand_t is None or meta_t is None:
+        _, _, operand_t, meta_t = _packed(values, ids, n, dy.dtype)
+    return spmm_sm90(dy, operand_t, meta_t, ids.shape[1] * BLOCK)
+
+
+def _packed(values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    operands = empty_operands(ids.shape[0] * BLOCK, ids.shape[1] * BLOCK, dtype, values.device)
+    PACK_OPERANDS_(values, ids, n, *operands)
+    return operands
+
+
 def forward(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
     """[T, K] to [T, N], not differentiable: what the autograd function runs."""
-    operand, meta, _, _ = operands(SPMM, x, w, impl)
+    operand, meta, _, _ = _operands(SPMM, x, w, impl)
     return SPMM(x, w.values, w.ids, w.n, bias, operand, meta, impl=impl)
 
 
 def backward_input(dy: torch.Tensor, w: SparseWeight, impl: str) -> torch.Tensor:
     """[T, N] to [T, K], not differentiable."""
-    _, _, operand_t, meta_t = operands(INPUT_GRAD, dy, w, impl)
+    _, _, operand_t, meta_t = _operands(INPUT_GRAD, dy, w, impl)
     return INPUT_GRAD(dy, w.values, w.ids, w.n, operand_t, meta_t, impl=impl)
 
 
-def operands(op: Op, x: torch.Tensor, w: SparseWeight, impl: str) -> tuple[torch.Tensor | None, ...]:
-    """The weight's operands in x's dtype when a kernel of ``op`` is going to read them."""
-    if impl == "reference" or not x.is_cuda or not op.kernels:
+def _operands(op: Op, x: torch.Tensor, w: SparseWeight, impl: str) -> tuple[torch.Tensor | None, ...]:
+    """The weight's operands in x's dtype when a kernel of ``op`` is going to read them.
+
+    A compiled graph cannot look at version counters: there the kernel packs for itself, every time.
+    """
+    if not x.is_cuda or impl == "reference" or x.dtype not in TENSOR_CORE_DTYPES or torch.compiler.is_compiling():
+        return None, None, None, None
+    if not target.has_sparse_tensor_core_kernel(x.device):
         return None, None, None, None
     fresh = w.operands(x.dtype)
     return fresh.values, fresh.meta, fresh.values_t, fresh.meta_t
@@ -103,6 +160,9 @@ def input_grad(dy: torch.Tensor, w: SparseWeight, *, impl: str = "auto") -> torc
     Raises:
         ValueError, TypeError: when an argument does not fit; the message names it.
     """
+    from ...format import SparseWeight
+
+    check.require(isinstance(w, SparseWeight), "w", "be a SparseWeight", type(w).__name__, TypeError)
     check.floating(dy, "dy")
     rows, columns = w.shape
     check.require(dy.dim() >= 1 and dy.shape[-1] == rows, "dy", f"have {rows} = out_features columns", tuple(dy.shape))

@@ -41,9 +41,19 @@ def _tile(t, num_m, num_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _load_partition(steps, num_m, num_n, start, stride, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr,
+def _row_tile(pm, CLUSTER: gl.constexpr):
+    """This CTA's row tile among its cluster's. The rank is read again at every use: a register less to keep."""
+    if CLUSTER > 1:
+        pm = pm * CLUSTER + cluster_rank()
+    return pm
+
+
+@gluon.jit
+def _load_partition(steps, num_m, num_n, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr,
                     BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr):
     STAGE: gl.constexpr = BM * 64 + BN * 128
+    start = gl.program_id(0) // CLUSTER
+    stride = gl.num_programs(0) // CLUSTER
     rank = 0
     if CLUSTER > 1:
         cluster_sync()
@@ -68,11 +78,12 @@ def _load_partition(steps, num_m, num_n, start, stride, STAGES: gl.constexpr, RI
 
 
 @gluon.jit
-def _multiply(accs, x, y, s, phase, flag, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr, ROWS: gl.constexpr,
+def _multiply(accs, x, y, slot, flag, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr, ROWS: gl.constexpr,
               BLOCKS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DTYPE: gl.constexpr):
-    """Issue one step's products, from stage s once it is full; the step before is finished on return. flag 0: overwrite."""
+    """Issue one step's products, from the slot's stage once it is full; the step before is finished on return. flag 0: overwrite."""
     STAGE: gl.constexpr = BM * 64 + BN * 128
-    mbar_wait(BARRIERS + s * 8, phase)
+    s = slot % 256
+    mbar_wait(BARRIERS + s * 8, slot // 256)
     at = s * (STAGE // 16 * 65537) + (RING // 16 * 65537 + (BN * 128 + ROWS * 64) // 16)
     ab = gl.full(accs[0].shape, at | flag, gl.int32, accs[0].type.layout)
     if BLOCKS == 1:
@@ -83,23 +94,23 @@ def _multiply(accs, x, y, s, phase, flag, STAGES: gl.constexpr, RING: gl.constex
 
 
 @gluon.jit
-def _next(s, phase, STAGES: gl.constexpr):
-    s += 1
-    wrap = s == STAGES
-    return gl.where(wrap, 0, s), gl.where(wrap, phase ^ 1, phase)
+def _next(slot, STAGES: gl.constexpr):
+    """A slot is a stage (low 8 bits) and the parity of the visit to it (bit 8), in one register."""
+    slot += 1
+    return gl.where(slot % 256 == STAGES, (slot & 256) ^ 256, slot)
 
 
 @gluon.jit
 def _words(meta_ptr, row, step, steps, tid):
-    """Metadata of four steps from `step` on, of the m64 block whose words begin at `row`. Past the last step: the last one's again."""
-    p = meta_ptr + row + tid
-    last = steps - 1
-    return (gl.load(p + gl.minimum(step, last) * 128), gl.load(p + gl.minimum(step + 1, last) * 128),
-            gl.load(p + gl.minimum(step + 2, last) * 128), gl.load(p + gl.minimum(step + 3, last) * 128))
+    """Metadata of four steps from `step` on, of the m64 block whose words begin at `row`; nothing is read past the last step."""
+    p = meta_ptr + (row + step * 128) + tid
+    yes = gl.full(tid.shape, True, gl.int1, tid.type.layout)
+    return (gl.load(p), gl.load(p + 128, mask=yes & (step + 1 < steps), other=0),
+            gl.load(p + 256, mask=yes & (step + 2 < steps), other=0), gl.load(p + 384, mask=yes & (step + 3 < steps), other=0))
 
 
 @gluon.jit
-def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, stride, WG: gl.constexpr, BM: gl.constexpr,
+def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.constexpr, BM: gl.constexpr,
                         BN: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
                         Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, SHIFT: gl.constexpr,
                         CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr):
@@ -111,24 +122,21 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, s
     # PTX has one shape.
     L: gl.constexpr = gl.BlockedLayout([1, CHUNK], [32, 1], [4, 1], [1, 0])
     tid = gl.arange(0, 128, gl.SliceLayout(1, L))
+    start = gl.program_id(0) // CLUSTER
+    stride = gl.num_programs(0) // CLUSTER
     tiles = num_m * num_n
-    rank = 0
     if CLUSTER > 1:
         cluster_sync()
-        rank = cluster_rank()
     accs = copies(gl.zeros([128, CHUNK], gl.float32, L), BLOCKS * CHUNKS)
-    pm, pn = _tile(start, num_m, num_n, GROUP)
-    pm = pm * CLUSTER + rank
-    row = (pm * (BM // 64) + WG * BLOCKS) * steps * 128
+    pm, _ = _tile(start, num_m, num_n, GROUP)
+    row = (_row_tile(pm, CLUSTER) * (BM // 64) + WG * BLOCKS) * steps * 128
     second = (BLOCKS - 1) * steps * 128               # the other m64 block's words; BLOCKS == 1: the same loads, merged by the compiler
     x0, x1, x2, x3 = _words(meta_ptr, row, 0, steps, tid)
     y0, y1, y2, y3 = _words(meta_ptr, row + second, 0, steps, tid)
-    s = 0
-    phase = 0
+    slot = 0
     for t in range(start, tiles, stride):
-        nm, nn = _tile(gl.minimum(t + stride, tiles - 1), num_m, num_n, GROUP)
-        nm = nm * CLUSTER + rank
-        next_row = (nm * (BM // 64) + WG * BLOCKS) * steps * 128
+        nm, _ = _tile(gl.minimum(t + stride, tiles - 1), num_m, num_n, GROUP)
+        next_row = (_row_tile(nm, CLUSTER) * (BM // 64) + WG * BLOCKS) * steps * 128
         if SHIFT > 0 and WG == 1:
             if steps >= STAGES:
                 shift_wait()
@@ -138,21 +146,21 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, s
             ahead = gl.where(more, step + 4, 0)
             n0, n1, n2, n3 = _words(meta_ptr, at, ahead, steps, tid)
             r0, r1, r2, r3 = _words(meta_ptr, at + second, ahead, steps, tid)
-            before = s
+            before = slot % 256
             for v in gl.static_range(4):
                 flag = 0x8000
                 if v == 0:
                     flag = gl.where(step > 0, 0x8000, 0)    # a tile's first product overwrites: no zeroing
                 x = x0 if v == 0 else (x1 if v == 1 else (x2 if v == 2 else x3))
                 y = y0 if v == 0 else (y1 if v == 1 else (y2 if v == 2 else y3))
-                accs = _multiply(accs, x, y, s, phase, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
+                accs = _multiply(accs, x, y, slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
                 if SHIFT == v + 1 and WG == 0:
                     if (step == 0) & (steps >= STAGES):
                         shift_arrive()
                 if v > 0:
                     mbar_arrive(EMPTY + before * 8, CLUSTER)
-                before = s
-                s, phase = _next(s, phase, STAGES)
+                before = slot % 256
+                slot = _next(slot, STAGES)
             accs = wgmma_wait_all(accs)
             mbar_arrive(EMPTY + before * 8, CLUSTER)
             x0, x1, x2, x3 = n0, n1, n2, n3
@@ -163,14 +171,16 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, s
             r0, r1, r2, r3 = _words(meta_ptr, next_row + second, 0, steps, tid)
             for v in range(rest):
                 flag = gl.where((v > 0) | (steps >= 4), 0x8000, 0)
-                accs = _multiply(accs, x0, y0, s, phase, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
+                accs = _multiply(accs, x0, y0, slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
                 accs = wgmma_wait_all(accs)
-                mbar_arrive(EMPTY + s * 8, CLUSTER)
-                s, phase = _next(s, phase, STAGES)
+                mbar_arrive(EMPTY + slot % 256 * 8, CLUSTER)
+                slot = _next(slot, STAGES)
                 x0, x1 = x1, x2
                 y0, y1 = y1, y2
             x0, x1, x2, x3 = n0, n1, n2, n3
             y0, y1, y2, y3 = r0, r1, r2, r3
+        pm, pn = _tile(t, num_m, num_n, GROUP)
+        pm = _row_tile(pm, CLUSTER)
         for block in gl.static_range(BLOCKS):
             out_row = pm * BM + ROWS + block * 64
             if HAS_BIAS:
@@ -182,8 +192,6 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, s
             else:
                 accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN, (), WG, DTYPE)
         row = next_row
-        pm = nm
-        pn = nn
     store_drain()
     if CLUSTER > 1:
         cluster_sync()
@@ -201,19 +209,17 @@ def chts_spmm_sm90(w_desc, x_desc, y_desc, meta_ptr, bias_ptr, n_out, steps, num
         mbar_init(BARRIERS + (STAGES + i) * 8, 4 * WARPGROUPS * CLUSTER)      # empty: every multiplying warp of the cluster
     mbar_init_fence()
     thread_barrier()
-    start = gl.program_id(0) // CLUSTER
-    stride = gl.num_programs(0) // CLUSTER
     if WARPGROUPS == 2:
         gl.warp_specialize([
-            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, stride, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
+            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
                                    Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE)),
-            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, stride, 1, BM, BN, BLOCKS, STAGES, RING,
+            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 1, BM, BN, BLOCKS, STAGES, RING,
                                    Y_OFFSET + Y_TOKENS * 128, Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE)),
-            (_load_partition, (steps, num_m, num_n, start, stride, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER)),
+            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER)),
         ], [4, 4], [240, 24])
     else:
         gl.warp_specialize([
-            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, start, stride, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
+            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
                                    Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE)),
-            (_load_partition, (steps, num_m, num_n, start, stride, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER)),
+            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER)),
         ], [4], [24])

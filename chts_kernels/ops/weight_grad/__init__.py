@@ -45,8 +45,10 @@ def weight_grad(
     check.floating(dy, "dy")
     check.floating(x, "x", (dy.dtype,))
     sizes = ids.shape[0] * BLOCK, ids.shape[1] * BLOCK
-    check.require(dy.shape[-1] == sizes[0], "dy", f"have {sizes[0]} = 4 * ids.shape[0] columns", tuple(dy.shape))
+    check.require(dy.dim() >= 1 and dy.shape[-1] == sizes[0], "dy", f"have {sizes[0]} = 4 * ids.shape[0] columns", tuple(dy.shape))
     expected = (*dy.shape[:-1], sizes[1])
     check.require(tuple(x.shape) == expected, "x", f"have shape {expected} to match dy and ids", tuple(x.shape))
     check.same_device(dy=dy, x=x, ids=ids)
+    if out_dtype is not None:
+        check.choice(out_dtype, "out_dtype", check.FLOATS)
     return WEIGHT_GRAD(dy.reshape(-1, sizes[0]), x.reshape(-1, sizes[1]), ids, n, out_dtype or dy.dtype, impl=impl)

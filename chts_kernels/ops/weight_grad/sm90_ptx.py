@@ -1,7 +1,6 @@
-"""Inline PTX of the sm_90 weight gradient: barriers, TMA copies, dense wgmma on transposed tiles, and the link epilogue.
+"""Inline PTX of the sm_90 weight gradient: TMA copies, dense wgmma on transposed tiles, the link epilogue, the split counters.
 
-Offsets are bytes from ``global_smem``, the symbol of Triton's dynamic shared memory: the kernel makes one allocation, so
-it sits at offset 0 (a test reads the PTX). Kernel parameters are named ``{KERNEL}_param_{i}``; a 2-D descriptor takes five.
+Conventions (shared-memory offsets, names of kernel parameters) and the barriers are those of ../spmm/sm90_ptx.py.
 
 How an accumulator becomes compressed rows. In the fragment of wgmma m64nBN, lane ``4 g + q`` of warp w holds rows
 ``16 w + g`` and ``16 w + g + 8`` (h = 0, 1) and columns ``8 j + 2 q``, ``8 j + 2 q + 1``: a group of four columns lies in two
@@ -13,98 +12,28 @@ No shared memory, no barrier, and the links of a quad are neighbours in memory.
 
 from __future__ import annotations
 
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language import _core as glcore
+from ...gluon_compat import DESC_PARAMS, asm_scalar, asm_tied, builtin, pack_tuple, unwrap
 
-KERNEL = "weight_grad_kernel"
-PARAM_DY, PARAM_X = 0, 5
+KERNEL = "chts_weight_grad_sm90"
+PARAM_DY, PARAM_X = 0, DESC_PARAMS
 STEP = 64  # tokens of a K block, and columns of one 128-byte swizzled slab
 SLAB = STEP * 128  # bytes of a slab [64 tokens, 64 columns]
-
-_c = glcore._unwrap_if_constexpr
-
-
-def _asm(sem, asm, cons, args=()):
-    """Scalar inline asm run by every thread of the partition."""
-    handles = [sem.to_tensor(a).handle for a in args]
-    call = sem.builder.create_inline_asm(asm, cons, handles, [gl.int32.to_ir(sem.builder)], False, 1)
-    return glcore.tensor(call.get_result(0), gl.int32)
-
-
-def _tied(sem, asm, cons, accs, extra, pack):
-    """Asm over a tuple of [128, pack] accumulators that pass through it in place."""
-    ty = accs[0].type
-    extra = [sem.broadcast_impl_shape(e, accs[0].shape).handle for e in extra]
-    types = [ty.to_ir(sem.builder)] * len(accs)
-    call = sem.builder.create_inline_asm(asm, cons, [a.handle for a in accs] + extra, types, False, pack)
-    return glcore.tuple([glcore.tensor(call.get_result(i), ty) for i in range(len(accs))])
 
 
 def _splat(sem, like, value):
     return sem.splat(sem.to_tensor(value), like.shape, like.type.layout)
 
 
-# --- barriers and copies ---------------------------------------------------------------------------------------------
-@glcore.builtin
-def mbar_init(off, count, _semantic=None):
-    asm = (
-        "{ .reg .pred p; .reg .b32 a, t; mov.u32 t, %tid.x; setp.eq.u32 p, t, 0; mov.u32 a, global_smem; add.u32 a, a, $1;"
-        f"@p mbarrier.init.shared::cta.b64 [a], {_c(count)}; mov.b32 $0, 0; }}"
-    )
-    return _asm(_semantic, asm, "=r,r", [off])
+def _ties(count):
+    return ",".join(["=f"] * count + [str(i) for i in range(count)])
 
 
-@glcore.builtin
-def mbar_init_fence(_semantic=None):
-    return _asm(_semantic, "fence.mbarrier_init.release.cluster; mov.b32 $0, 0;", "=r")
-
-
-@glcore.builtin
-def mbar_wait(off, parity, _semantic=None):
-    asm = (
-        "{ .reg .pred p; .reg .b32 a; mov.u32 a, global_smem; add.u32 a, a, $1;\n"
-        "DW_WAIT: mbarrier.try_wait.parity.shared::cta.b64 p, [a], $2;\n @!p bra.uni DW_WAIT;\n mov.b32 $0, 0; }"
-    )
-    return _asm(_semantic, asm, "=r,r,r", [off, parity])
-
-
-@glcore.builtin
-def mbar_arrive(off, CL, _semantic=None):
-    """One arrival a warp, here and (clusters) at the peer. ``.release.cluster`` would cost a full memory barrier each."""
-    asm = (
-        "{ .reg .pred p; .reg .b32 a, l; mov.u32 l, %laneid; setp.eq.u32 p, l, 0; mov.u32 a, global_smem;"
-        "add.u32 a, a, $1;"
-    )
-    if _c(CL) == 1:
-        asm += "@p mbarrier.arrive.shared::cta.b64 _, [a];"
-    for r in range(_c(CL) if _c(CL) > 1 else 0):
-        asm += f"mapa.shared::cluster.u32 l, a, {r}; @p mbarrier.arrive.shared::cluster.b64 _, [l];"
-    return _asm(_semantic, asm + "mov.b32 $0, 0; }", "=r,r", [off])
-
-
-@glcore.builtin
-def warp_in_group(_semantic=None):
-    asm = "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 5; and.b32 t, t, 3; shfl.sync.idx.b32 $0, t, 0, 31, -1; }"
-    return _asm(_semantic, asm, "=r")
-
-
-@glcore.builtin
-def cta_rank(_semantic=None):
-    return _asm(_semantic, "mov.u32 $0, %cluster_ctarank;", "=r")
-
-
-@glcore.builtin
-def cluster_sync(_semantic=None):
-    """Every warp of the cluster runs it, hence it stands in every partition and the loader partition has four warps."""
-    asm = "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;"
-    return _asm(_semantic, asm, "=r")
-
-
-@glcore.builtin
+# --- copies ----------------------------------------------------------------------------------------------------------
+@builtin
 def load_stage(stage, full, tok, row, col, rank, BM, BN, CL, _semantic=None):
     """One lane: expect the stage's bytes; copy dY's slabs [64 tokens, 64 columns], then X's. In a cluster the CTAs share
     the X tile: each copies its part and multicasts it to all."""
-    BM, BN, CL = map(_c, (BM, BN, CL))
+    BM, BN, CL = map(unwrap, (BM, BN, CL))
     cp = "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
     lines = [
         "{ .reg .pred p; .reg .b32 base, bar, d, c; .reg .b64 ta, tb; .reg .b16 m;",
@@ -118,16 +47,16 @@ def load_stage(stage, full, tok, row, col, rank, BM, BN, CL, _semantic=None):
         lines.append(f"add.u32 d, base, {i * SLAB}; add.u32 c, $4, {i * 64}; {cp} [d], [ta, {{c, $3}}], [bar];")
     multi, mask = (".multicast::cluster", ", m") if CL > 1 else ("", "")
     share = BN // 64 // CL
-    lines.append(f"mad.lo.u32 base, $6, {share * SLAB}, base; mad.lo.u32 bar, $6, 0, bar;")
+    lines.append(f"mad.lo.u32 base, $6, {share * SLAB}, base;")
     for i in range(share):
         d = f"add.u32 d, base, {BM // 64 * SLAB + i * SLAB}; mad.lo.u32 c, $6, {share * 64}, $5; add.u32 c, c, {i * 64};"
         lines.append(f"{d} {cp}{multi} [d], [tb, {{c, $3}}], [bar]{mask};")
     asm = "\n".join(lines) + "mov.b32 $0, 0; }"
-    return _asm(_semantic, asm, "=r" + ",r" * 6, [stage, full, tok, row, col, rank])
+    return asm_scalar(_semantic, asm, "=r" + ",r" * 6, [stage, full, tok, row, col, rank])
 
 
 # --- wgmma -----------------------------------------------------------------------------------------------------------
-@glcore.builtin
+@builtin
 def wgmma(accs, ab, MB, BM, BN, DT, _semantic=None):
     """One 64-token block for MB stacked m64 blocks; leaves it in flight and waits for the block before.
 
@@ -138,8 +67,8 @@ def wgmma(accs, ab, MB, BM, BN, DT, _semantic=None):
     bytes, swizzled. Descriptor: leading offset = slab (next 64 columns), stride offset = 1024 (next 8 tokens).
     """
     accs = list(accs)
-    MB, BN, DT, pack = _c(MB), _c(BN), _c(DT), int(_c(accs[0].shape[1]))
-    regs, n = BN // 2, _c(MB) * BN // 2
+    MB, BN, DT, pack = unwrap(MB), unwrap(BN), unwrap(DT), int(unwrap(accs[0].shape[1]))
+    regs, n = BN // 2, unwrap(MB) * BN // 2
     ab_reg = f"${2 * n}"
     lead, hi = (SLAB >> 4) << 16, (1 << 30) | (1024 >> 4)
     lines = [
@@ -158,17 +87,8 @@ def wgmma(accs, ab, MB, BM, BN, DT, _semantic=None):
                 f"wgmma.mma_async.sync.aligned.m64n{BN}k16.f32.{DT}.{DT} {{{acc}}}, da, db, {'pq'[k == 0]}, 1, 1, 1, 1;",
             ]
     lines.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; }")
-    cons = ",".join(["=f"] * n + [str(i) for i in range(n)] + ["r"] * pack)
-    return _tied(_semantic, "\n".join(lines), cons, accs, [_splat(_semantic, accs[0], ab)], pack)
-
-
-@glcore.builtin
-def wgmma_wait_all(accs, _semantic=None):
-    accs = list(accs)
-    pack = int(_c(accs[0].shape[1]))
-    n = pack * len(accs)
-    cons = ",".join(["=f"] * n + [str(i) for i in range(n)])
-    return _tied(_semantic, "wgmma.wait_group.sync.aligned 0;", cons, accs, [], pack)
+    extra = [_splat(_semantic, accs[0], ab)]
+    return asm_tied(_semantic, "\n".join(lines), _ties(n) + ",r" * pack, accs, extra, pack)
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
@@ -179,44 +99,38 @@ _COORDS = (
 )
 
 
-@glcore.builtin
+@builtin
 def selectors(tid, ids_ptr, lut_ptr, row, col, num_rows, num_cols, BN, _semantic=None):
-    """Selector words of this thread for one m64 block: tuple of 4 int32 [128], (h = 0: jj 0-7, 8-15; h = 1: the same).
+    """Selector words of this thread for one m64 block: tuple of 4 int32 [128] (h = 0: jj 0-7, 8-15; h = 1: the same).
 
-    tid: int32 [128], for its shape. row, col: first row and column of the block; num_rows = N / 4, num_cols = K / 4
-    (blocks outside are clamped: their links are never stored). lut: int32 per id, row r's code at bits 4 r.
-    An odd lane receives the lower pair of columns where an even lane receives the upper one: bit 1 of each code flips.
+    tid: any int32 [128]. row, col: first row and column of the block; num_rows = N / 4, num_cols = K / 4 (positions outside
+    are clamped: their links are never stored). lut: int32 per id, row r's code at bits 4 r. An odd lane receives the lower
+    pair of columns where an even lane receives the upper one: bit 1 of each link's code flips.
     """
-    BN = _c(BN)
+    ids, lut, row0, col0, rows, cols = (f"${i}" for i in range(8, 14))
     lines = [
-        "{ .reg .b32 t, q, par, u, w, g, r, c, s, f, x, i, last; .reg .b64 a, b, l;",
+        "{ .reg .b32 t, q, par, u, w, g, r, c, s, f, x, i, last, o<4>; .reg .b64 a, b;",
         _COORDS,
-        "and.b32 s, g, 3; shl.b32 s, s, 2; mul.lo.u32 f, par, 10; sub.u32 last, $11, 1;",
+        f"and.b32 s, g, 3; shl.b32 s, s, 2; mul.lo.u32 f, par, 10; sub.u32 last, {cols}, 1; sub.u32 i, {rows}, 1;",
         # column block of unit jj: 4 jj + 2 p + u
-        "shr.u32 c, $9, 2; shl.b32 x, par, 1; add.u32 c, c, x; add.u32 c, c, u; sub.u32 i, $10, 1;",
-        "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0;",
+        f"shr.u32 c, {col0}, 2; shl.b32 x, par, 1; add.u32 c, c, x; add.u32 c, c, u;",
+        "mov.b32 o0, 0; mov.b32 o1, 0; mov.b32 o2, 0; mov.b32 o3, 0;",
     ]
     for h in range(2):
         lines += [
-            f"add.u32 r, $8, w; add.u32 r, r, g; add.u32 r, r, {8 * h}; shr.u32 r, r, 2; min.u32 r, r, i;",
-            "mul.wide.u32 a, r, $11; add.u64 a, a, $6;",
+            f"add.u32 r, {row0}, w; add.u32 r, r, g; add.u32 r, r, {8 * h}; shr.u32 r, r, 2; min.u32 r, r, i;",
+            f"mul.wide.u32 a, r, {cols}; add.u64 a, a, {ids};",
         ]
-        for jj in range(BN // 16):
-            word = f"${2 * h + jj // 8}"
+        for jj in range(unwrap(BN) // 16):
+            word = f"o{2 * h + jj // 8}"
             lines.append(
                 f"add.u32 x, c, {4 * jj}; min.u32 x, x, last; cvt.u64.u32 b, x; add.u64 b, b, a; ld.global.nc.u8 x, [b];"
-                f"mul.wide.u32 b, x, 4; add.u64 l, b, $7; ld.global.nc.u32 x, [l]; shr.u32 x, x, s; and.b32 x, x, 15;"
+                f"mul.wide.u32 b, x, 4; add.u64 b, b, {lut}; ld.global.nc.u32 x, [b]; shr.u32 x, x, s; and.b32 x, x, 15;"
                 f"xor.b32 x, x, f; shl.b32 x, x, {4 * (jj % 8)}; or.b32 {word}, {word}, x;"
             )
-    asm = "\n".join(lines) + "}"
-    sem = _semantic
-    # $4, $5 unused slots keep the numbering simple: $4 = tid, $5 = tid
-    splat = [sem.splat(sem.to_tensor(v), tid.shape, tid.type.layout) for v in (ids_ptr, lut_ptr, row, col, num_rows, num_cols)]
-    cons = "=&r,=&r,=&r,=&r,r,r,l,l,r,r,r,r"
-    ty = tid.type
-    handles = [tid.handle, tid.handle] + [v.handle for v in splat]
-    call = sem.builder.create_inline_asm(asm, cons, handles, [ty.to_ir(sem.builder)] * 4, False, 1)
-    return glcore.tuple([glcore.tensor(call.get_result(i), ty) for i in range(4)])
+    lines.append("mov.b32 $0, o0; mov.b32 $1, o1; mov.b32 $2, o2; mov.b32 $3, o3; }")
+    extra = [_splat(_semantic, tid, v) for v in (ids_ptr, lut_ptr, row, col, num_rows, num_cols)]
+    return asm_tied(_semantic, "\n".join(lines), "=r,=r,=r,=r,0,1,2,3,l,l,r,r,r,r", [tid] * 4, extra, 1)
 
 
 def _pick(jj, h, n, words):
@@ -257,7 +171,6 @@ def _store_links_asm(bn, n, out, accumulate, base):
     ]
     half = {"bf16": "bf16", "f16": "f16"}.get(out)
     for jj in range(bn // 16):
-        lines.append(f"setp.gt.s32 pa, left, {4 * n * jj};")
         for h in range(2):
             at = f"[a{h}+{4 * n * jj * size}]"
             lines.append(_pick(jj, h, n, words))
@@ -303,57 +216,54 @@ def _over_block(sem, every, m, count, make_asm, kinds, values):
     """Run asm over the chunks of accumulators of m64 block m; operand i comes `pack` times with constraint kinds[i]."""
     every = list(every)
     accs = every[m * count : (m + 1) * count]
-    pack = int(_c(accs[0].shape[1]))
+    pack = int(unwrap(accs[0].shape[1]))
     regs = pack * count
     first = [f"${2 * regs + i * pack}" for i in range(len(kinds))]
-    cons = ",".join(["=f"] * regs + [str(i) for i in range(regs)] + [k for k in kinds for _ in range(pack)])
-    new = _tied(sem, make_asm(first), cons, accs, values, pack)
-    return glcore.tuple(every[: m * count] + list(new) + every[(m + 1) * count :])
+    extra = [sem.broadcast_impl_shape(v, accs[0].shape) for v in values]
+    constraints = ",".join([_ties(regs)] + [k for k in kinds for _ in range(pack)])
+    new = asm_tied(sem, make_asm(first), constraints, accs, extra, pack)
+    return pack_tuple([*every[: m * count], *new, *every[(m + 1) * count :]])
 
 
-@glcore.builtin
+@builtin
 def store_links(accs, m, words, out_ptr, row, col, num_rows, num_cols, BN, NL, OUT, ACCUMULATE, _semantic=None):
     """Links of m64 block m to the gradient [num_rows, num_cols]; row, col (compressed) of the block's corner."""
-    m, BN, n = _c(m), _c(BN), _c(NL)
+    m, BN, n = unwrap(m), unwrap(BN), unwrap(NL)
     every = list(accs)
-    count = BN // 2 // int(_c(every[0].shape[1]))
+    count = BN // 2 // int(unwrap(every[0].shape[1]))
     values = [_semantic.expand_dims(v, 1) for v in words]
     values += [_splat(_semantic, every[0], v) for v in (out_ptr, row, col, num_rows, num_cols)]
-    make = lambda first: _store_links_asm(BN, n, _c(OUT), _c(ACCUMULATE), first)  # noqa: E731
+    make = lambda first: _store_links_asm(BN, n, unwrap(OUT), unwrap(ACCUMULATE), first)  # noqa: E731
     return _over_block(_semantic, every, m, count, make, "rrrrlrrrr", values)
 
 
-@glcore.builtin
+@builtin
 def store_partial(accs, m, words, ptr, BN, NL, _semantic=None):
     """Links of m64 block m, float32, in register order at ptr (an int64 address)."""
-    m, BN, n = _c(m), _c(BN), _c(NL)
+    m, BN, n = unwrap(m), unwrap(BN), unwrap(NL)
     every = list(accs)
-    count = BN // 2 // int(_c(every[0].shape[1]))
+    count = BN // 2 // int(unwrap(every[0].shape[1]))
     values = [_semantic.expand_dims(v, 1) for v in words] + [_splat(_semantic, every[0], ptr)]
     return _over_block(_semantic, every, m, count, lambda first: _store_partial_asm(BN, n, first), "rrrrl", values)
 
 
 # --- reduction over the token splits -----------------------------------------------------------------------------------
-@glcore.builtin
+@builtin
 def counter_arrive(ptr, last, BAR, _semantic=None):
     """After a warpgroup's stores (or loads): one increment of the counter, which wraps to 0 after `last`."""
     asm = (
         "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0;"
-        f"fence.acq_rel.gpu; bar.sync {_c(BAR)}, 128; @p red.release.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }}"
+        f"fence.acq_rel.gpu; bar.sync {unwrap(BAR)}, 128; @p red.release.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }}"
     )
-    return _asm(_semantic, asm, "=r,l,r", [ptr, last])
+    return asm_scalar(_semantic, asm, "=r,l,r", [ptr, last])
 
 
-@glcore.builtin
+@builtin
 def counter_wait(ptr, count, _semantic=None):
     """Every thread waits until the counter has reached `count`: all partials of the tile are visible to it."""
     asm = (
         "{ .reg .pred p; .reg .b32 v;\nDW_SPIN: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 p, v, $2;\n"
         "@p bra DW_SPIN;\n mov.b32 $0, 0; }"
     )
-    return _asm(_semantic, asm, "=r,l,r", [ptr, count])
+    return asm_scalar(_semantic, asm, "=r,l,r", [ptr, count])
 
-
-@glcore.builtin
-def copies(x, n, _semantic=None):
-    return glcore.tuple([x] * _c(n))

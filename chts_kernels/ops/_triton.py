@@ -1,0 +1,143 @@
+"""Plain Triton kernels behind the operations: who may run, compile once, launch cheaply. Imports Triton only to compile.
+
+A launch goes through :class:`chts_kernels.cuda_driver.Kernel` with integer arguments: a few microseconds instead of the tens that
+Triton's own binder takes. Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, which is how their logic is tested
+without a device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import cuda_driver
+
+CAPABILITY = (8, 0)
+ALIGNMENT = 16
+"""Bytes that every pointer must be aligned to: kernels load vectors of this size."""
+TYPES = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter; decided, like Triton does, by the environment."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+@functools.cache
+def why_not_device(device: torch.device) -> str | None:
+    """None when Triton kernels can run on tensors of this device, else the reason."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if interpreting():
+            return "TRITON_INTERPRET is set, which interprets kernels on CPU tensors"
+        if capability < CAPABILITY:
+            return f"needs compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or higher, got {capability[0]}.{capability[1]}"
+        if torch.version.hip is not None:
+            return "needs an NVIDIA device, got an AMD one"
+        return None if _has_triton() else "needs the package triton, which is not installed"
+    if device.type == "cpu" and interpreting():
+        return None if _has_triton() else "needs the package triton, which is not installed"
+    return f"needs a CUDA device, got {device.type}"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def why_not_written(**outputs: torch.Tensor | None) -> str | None:
+    """None when a kernel can write to these tensors in place, else the reason."""
+    for name, value in outputs.items():
+        if value is not None and not (value.is_contiguous() and value.data_ptr() % ALIGNMENT == 0):
+            return f"{name} must be contiguous and start on a {ALIGNMENT}-byte boundary"
+    return None
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """``x``, or a copy of it where it is not contiguous or starts off a 16-byte boundary (a slice of a flat buffer)."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+def lazy(module: str, function: str, package: str) -> Callable[..., Any]:
+    """A function that imports ``module`` when first called: operations register kernels before Triton is wanted."""
+    found: list[Callable[..., Any]] = []
+
+    def run(*args: Any) -> Any:
+        if not found:
+            found.append(getattr(importlib.import_module(module, package), function))
+        return found[0](*args)
+
+    return run
+
+
+class TritonKernel:
+    """A ``triton.jit`` function with its argument names in order; compiled per types, constants and compute capability."""
+
+    def __init__(self, function: Any, **options: Any) -> None:
+        self.function = function
+        self.options = {"enable_fp_fusion": False, **options}  # a fused multiply-add would round differently from the reference
+
+    def compile(
+        self, types: tuple[str, ...], constants: tuple[tuple[str, Any], ...], num_warps: int, capability: tuple[int, int]
+    ) -> Any:
+        """Triton's compiled kernel; needs no device. ``types`` are those of the arguments that are not constants, in order."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        names = [name for name in self.function.arg_names if name not in dict(constants)]
+        signature = dict(zip(names, types, strict=True)) | {name: "constexpr" for name, _ in constants}
+        aligned = {
+            (self.function.arg_names.index(name),): [["tt.divisibility", ALIGNMENT]]
+            for name, kind in zip(names, types, strict=True)
+            if kind.startswith("*")
+        }
+        source = ASTSource(self.function, signature, dict(constants), aligned)
+        target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+        return triton.compile(source, target=target, options={"num_warps": num_warps, **self.options})
+
+    @functools.cache  # noqa: B019 - kernels are module-level objects that live as long as the process
+    def load(
+        self, types: tuple[str, ...], constants: tuple[tuple[str, Any], ...], num_warps: int, device: int
+    ) -> cuda_driver.Kernel:
+        compiled = self.compile(types, constants, num_warps, torch.cuda.get_device_capability(device))
+        name, shared = compiled.metadata.name, int(compiled.metadata.shared)
+        kinds = cuda_driver.parameters(compiled.asm["ptx"], name)
+        return cuda_driver.Kernel(compiled.asm["cubin"], name, kinds, num_warps * 32, shared, 1, device)
+
+    def launch(self, blocks: int, arguments: tuple[Any, ...], constants: tuple[tuple[str, Any], ...], num_warps: int) -> None:
+        """Enqueue ``blocks`` blocks on the current stream of the device of the first tensor argument.
+
+        ``arguments``: tensors (their addresses are passed), None (a null pointer) and integers, in the order of the function.
+        """
+        first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        if first.device.type == "cpu":
+            self.function[(blocks,)](*arguments, **dict(constants))
+            return
+        device = first.get_device()
+        types = tuple(
+            [TYPES[a.dtype] if isinstance(a, torch.Tensor) else "*i32" if a is None else "i32" for a in arguments]
+        )
+        kernel = self.load(types, constants, num_warps, device)
+        values = tuple(
+            [(i, a.data_ptr() if isinstance(a, torch.Tensor) else a or 0) for i, a in enumerate(arguments)]
+        )
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        if torch._C._cuda_getDevice() == device:
+            kernel.launch(blocks, stream, (), values)
+        else:
+            with torch.cuda.device(device):
+                kernel.launch(blocks, stream, (), values)
