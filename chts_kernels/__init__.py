@@ -1,7 +1,7 @@
 """CHTS kernels: transposable 2:4 and 1:4 sparse weights that stay compressed, their three passes and their evolution."""
 
 from ._version import __version__
-from .evolve import Evolution, evolve
+from .evolve import Evolution, evolve, evolve_many
 from .format import Operands, SparseWeight, random_ids
 from .ops.carry_over import carry_over_
 from .ops.pack import pack, pack_operands_, unpack
@@ -25,6 +25,7 @@ __all__ = [
     "capability_report",
     "carry_over_",
     "evolve",
+    "evolve_many",
     "input_grad",
     "pack",
     "pack_operands_",

@@ -1,4 +1,8 @@
-"""evolve: one topology update of one weight matrix, remove -> score -> regrow -> carry over (ALGORITHM section 2)."""
+"""evolve: one topology update of one weight matrix, remove -> score -> regrow -> carry over (ALGORITHM section 2).
+
+evolve_many: of many matrices, those of one shape together. On a GPU both run the fused kernels of
+:mod:`chts_kernels.evolve_triton`, elsewhere the four operations one after the other.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ import torch
 
 from . import check
 from .format import SparseWeight
+from .ops._batch import check_noise, too_large, why_not, why_not_in_place
 from .ops.carry_over import carry_over_
 from .ops.regrow import regrow
-from .ops.remove import remove
+from .ops.remove import check_numbers, remove
 from .ops.score import score
 from .ops.score.reference import link_mask
 from .patterns import pattern_table
@@ -25,8 +30,8 @@ class Evolution:
     """uint8 [N/4, K/4]: the ids before the update (the weight now holds the new ones)."""
     survivors: torch.Tensor
     """int32 [N/4, K/4]: bit masks of the links that outlived the removal."""
-    removed: int
-    """The number of removed links, k = int(zeta * links)."""
+    removed: int | None
+    """The number of removed links, k = int(zeta * links); None when zeta is on the device."""
     stats: dict[str, torch.Tensor] | None
     """0-dim float64 device tensors (see :func:`evolution_stats`), or None when they were not asked for."""
 
@@ -68,9 +73,123 @@ def evolve(
     """
     check.require(isinstance(w, SparseWeight), "w", "be a SparseWeight", type(w).__name__, TypeError)
     check.choice(regrowth, "regrowth", ("soft", "greedy", "random"))
+    return evolve_many(
+        [w], zeta=zeta, temperature=temperature, removal=removal, regrowth=regrowth, seed=seed, layers=[layer], step=step,
+        moments=[moments], stats=stats, impl=impl,
+    )[0]  # fmt: skip
+
+
+@torch.no_grad()
+def evolve_many(
+    weights: Sequence[SparseWeight],
+    *,
+    zeta: float = 0.1,
+    temperature: float = 1.0,
+    removal: str = "soft",
+    regrowth: str = "soft",
+    seed: int = 0,
+    layers: Sequence[int] | None = None,
+    step: int = 0,
+    moments: Sequence[Sequence[torch.Tensor]] | None = None,
+    stats: bool = False,
+    schedule: torch.Tensor | None = None,
+    impl: str = "auto",
+) -> list[Evolution]:
+    """:func:`evolve` of many weights; the result does not depend on which of them share a launch.
+
+    Args:
+        weights: distinct SparseWeights, changed in place.
+        layers: the layer number of every weight, by default its place in ``weights``.
+        moments: the moments of every weight, by default none.
+        schedule: float64 tensor [3] = (zeta, temperature, step) on the weights' device, used instead of the three numbers: a
+            captured CUDA graph follows it. Its range cannot be checked without waiting for the device.
+        impl: "auto", "triton" or "reference".
+        zeta, temperature, removal, regrowth, seed, step, stats: those of :func:`evolve`.
+
+    Returns:
+        One :class:`Evolution` for every weight.
+
+    Raises:
+        ValueError, TypeError: when an argument does not fit; the message names it; then nothing was changed.
+        RuntimeError: when the named implementation cannot run here; the message says why.
+    """
+    layers = list(range(len(weights))) if layers is None else list(layers)
+    moments = [() for _ in weights] if moments is None else [tuple(m) for m in moments]
+    check.require(len(layers) == len(weights), "layers", f"have {len(weights)} entries = len(weights)", len(layers))
+    check.require(len(moments) == len(weights), "moments", f"have {len(weights)} entries = len(weights)", len(moments))
     check.choice(removal, "removal", ("soft", "hard"))
-    for index, moment in enumerate(moments):
-        check.link_data(moment, w.ids, w.n, f"moments[{index}]")
+    check.choice(regrowth, "regrowth", ("soft", "greedy", "random"))
+    check_numbers(zeta, temperature)
+    check_noise(seed, layers, step)
+    for w, of_weight in zip(weights, moments, strict=True):
+        check.ids(w.ids, "w.ids")
+        check.values_for_ids(w.values, w.ids, w.n, "w.values")
+        for index, moment in enumerate(of_weight):
+            check.link_data(moment, w.ids, w.n, f"moments[{index}]")
+    if schedule is not None:
+        check.tensor(schedule, "schedule")
+        check.require(schedule.dtype == torch.float64, "schedule", "have dtype float64", schedule.dtype, TypeError)
+        check.require(tuple(schedule.shape) == (3,), "schedule", "have shape (3,)", tuple(schedule.shape))
+        if weights:
+            check.same_device(schedule=schedule, values=weights[0].values)
+    check.choice(impl, "impl", ("auto", "triton", "reference"))
+
+    if impl == "reference":
+        reason: str | None = "the reference was asked for"
+    else:
+        reasons = (_why_not_fused(w, m) for w, m in zip(weights, moments, strict=True))
+        reason = next((r for r in reasons if r is not None), None)
+    if impl == "triton" and reason is not None:
+        raise RuntimeError(f"impl: 'triton' cannot run evolve here: {reason}")
+    results: list[Evolution] = []
+    if reason is None and weights:
+        from .evolve_triton import batches, evolve_batch
+
+        by_index: dict[int, Evolution] = {}
+        for members in batches(weights, moments):
+            old_ids, survivors, figures = evolve_batch(
+                [weights[m] for m in members], [layers[m] for m in members], [moments[m] for m in members],
+                zeta=zeta, temperature=temperature, removal=removal, regrowth=regrowth, seed=seed, step=step,
+                stats=stats, schedule=schedule,
+            )  # fmt: skip
+            for place, m in enumerate(members):
+                own = None if figures is None else {name: figure[place] for name, figure in figures.items()}
+                removed = None if schedule is not None else int(zeta * weights[m].links)
+                by_index[m] = Evolution(old_ids[place], survivors[place], removed, own)
+        return [by_index[m] for m in range(len(weights))]
+    if schedule is not None:
+        zeta, temperature, step = schedule.tolist()
+        step = int(step)
+    for w, layer, of_weight in zip(weights, layers, moments, strict=True):
+        results.append(
+            _evolve_one(
+                w, of_weight, layer, zeta=zeta, temperature=temperature, removal=removal, regrowth=regrowth, seed=seed,
+                step=step, stats=stats, impl=impl,
+            )  # fmt: skip
+        )
+    return results
+
+
+def _why_not_fused(w: SparseWeight, moments: Sequence[torch.Tensor]) -> str | None:
+    """The reason why the fused kernels cannot take this weight, or None."""
+    return too_large(w.ids) or why_not_in_place([w.values, w.ids, *moments]) or why_not(w.values, w.ids, *moments)
+
+
+def _evolve_one(
+    w: SparseWeight,
+    moments: Sequence[torch.Tensor],
+    layer: int,
+    *,
+    zeta: float,
+    temperature: float,
+    removal: str,
+    regrowth: str,
+    seed: int,
+    step: int,
+    stats: bool,
+    impl: str,
+) -> Evolution:
+    """One update, operation by operation."""
     survivors = remove(
         w.values, w.ids, w.n, zeta=zeta, temperature=temperature, mode=removal,
         seed=seed, layer=layer, step=step, impl=impl,

@@ -7,6 +7,7 @@ for a kernel lives in :class:`Operands`, is refreshed in place when values or id
 from __future__ import annotations
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import check, rng
 from .ops.pack import PACK_OPERANDS_, empty_operands, pack, unpack
@@ -148,11 +149,12 @@ class Operands:
     """Operands of the sparse tensor cores, derived from values and ids and kept fresh in place.
 
     In place, so that a captured CUDA graph goes on reading the right memory after an optimizer step or a topology update.
-    Staleness is judged by the tensors' version counters, which every in-place operation of torch advances; writing
-    through ``.data`` or from a foreign kernel does not, and calls for :meth:`invalidate`.
+    Staleness is judged by the identity of the tensors' storages and by their version counters, which every in-place
+    operation of torch advances; writing through ``.data`` or from a foreign kernel does not, and calls for
+    :meth:`invalidate`.
     """
 
-    __slots__ = ("_key", "_shared", "meta", "meta_t", "values", "values_t")
+    __slots__ = ("_key", "_shared", "_storages", "meta", "meta_t", "values", "values_t")
 
     def __init__(self) -> None:
         self.invalidate()
@@ -162,6 +164,7 @@ class Operands:
     def invalidate(self) -> None:
         """Have the next :meth:`refresh` pack again, whatever the version counters say."""
         self._key: object = None
+        self._storages: tuple[StorageWeakRef, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +172,7 @@ class Operands:
 
     def refresh(self, values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype) -> None:
         """Pack again if ``values``, ``ids`` or ``dtype`` are not those of the last time."""
-        key = (_version(values), _version(ids), values.data_ptr(), ids.data_ptr(), dtype)
+        key = (*_identity(values), *_identity(ids), dtype)
         # Inside a capture the packing has to be part of the graph: a replay cannot look at version counters.
         capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
         if key == self._key and None not in key and not capturing:
@@ -180,7 +183,7 @@ class Operands:
         if not fits or self.values_t.shape != (shape[1], shape[0] // 2):
             self.values, self.meta, self.values_t, self.meta_t = empty_operands(*shape, dtype, values.device)
             self._shared = False
-        if n == 2 and values.dtype == dtype:
+        if n == 2 and values.dtype == dtype and values.is_contiguous():
             self.values = values.detach()  # already the operand: no copy
             self._shared = True
             PACK_OPERANDS_(values, ids, n, None, self.meta, self.values_t, self.meta_t)
@@ -190,6 +193,9 @@ class Operands:
                 self._shared = False
             PACK_OPERANDS_(values, ids, n, self.values, self.meta, self.values_t, self.meta_t)
         self._key = key
+        # Data addresses come back: a tensor that replaces a freed one often gets its memory, with the same version. The
+        # storage's own address cannot, while a weak reference is held.
+        self._storages = StorageWeakRef(values.untyped_storage()), StorageWeakRef(ids.untyped_storage())
 
     def __deepcopy__(self, memo: dict) -> Operands:
         return Operands()
@@ -198,8 +204,10 @@ class Operands:
         return Operands, ()
 
 
-def _version(tensor: torch.Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
+def _identity(tensor: torch.Tensor) -> tuple[int | None, int, int]:
+    """What changes when the tensor's numbers do; None where torch keeps no version."""
+    version = None if tensor.is_inference() else tensor._version
+    return version, tensor.untyped_storage()._cdata, tensor.data_ptr()
 
 
 def random_ids(

@@ -59,12 +59,12 @@ def random_bits(
     """32 random bits for every element of a [rows, columns] matrix, as int64 in [0, 2**32).
 
     Raises:
-        ValueError: when ``columns`` is not a multiple of 4, or ``seed`` (64 bits), ``layer`` or ``step`` (32 bits) is
-            out of range, or the matrix has more than 2**34 elements.
+        ValueError: when ``columns`` is not a multiple of 4, ``seed`` (63 bits: operator schemas hold signed integers),
+            ``layer`` or ``step`` (32 bits) is out of range, or the matrix has more than 2**34 elements.
     """
     check.require(columns % 4 == 0, "columns", "be a multiple of 4", columns)
     check.require(rows * columns <= 1 << 34, "rows * columns", "be at most 2**34", rows * columns)
-    check.unsigned(seed, "seed", 64)
+    check.unsigned(seed, "seed", 63)
     check.unsigned(layer, "layer", 32)
     check.unsigned(step, "step", 32)
     group = torch.arange(rows * columns // 4, device=device)

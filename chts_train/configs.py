@@ -58,7 +58,8 @@ class RunConfig:
     Steps are optimizer steps; sizes count sequences or images.
 
     task: "text" or "image"; model is a LlamaConfig or a ViTConfig accordingly.
-    method: a name in ``chts_train.METHODS``.
+    method: a name in ``chts_train.METHODS``. init: another initial topology than the method's, "random" or
+    "magnitude" (re-training). srste_lambda: another decay than the default of the SR-STE methods.
     total_steps, batch_size, micro_batch: a step takes batch_size sequences in batch_size / micro_batch passes.
     seq_len: tokens per sequence (images: not used).
     lr, min_lr_ratio, warmup_steps: linear warm-up to lr, then cosine to min_lr_ratio * lr at the end.
@@ -76,6 +77,8 @@ class RunConfig:
     model: LlamaConfig | ViTConfig = field(default_factory=LlamaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: str = "chts24"
+    init: str | None = None
+    srste_lambda: float | None = None
 
     total_steps: int = 10_000
     batch_size: int = 256
@@ -103,14 +106,19 @@ class RunConfig:
     lr_ramp_steps: int = 10
 
     def __post_init__(self) -> None:
-        _check_types(self, "")
-        _check_types(self.data, "data.")
-        _check_types(self.model, "model.")
+        for part, prefix in (
+            (self, ""),
+            (self.data, "data."),
+            (self.model, "model."),
+        ):  # self first: it checks the rest
+            _check_types(type(part), {item.name: getattr(part, item.name) for item in fields(part)}, prefix)
         kind = LlamaConfig if self.task == "text" else ViTConfig
         rules = {
             "task": (self.task in TASKS, f"one of {', '.join(TASKS)}"),
             "model": (isinstance(self.model, kind), f"a {kind.__name__} for task {self.task!r}"),
             "method": (bool(self.method), "a method's name"),
+            "init": (self.init in (None, "random", "magnitude"), "random, magnitude or None"),
+            "srste_lambda": (self.srste_lambda is None or 0 < self.srste_lambda < math.inf, "positive or None"),
             "total_steps": (self.total_steps >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "micro_batch": (
@@ -134,7 +142,7 @@ class RunConfig:
             "t_start": (0 < self.t_start < math.inf, "positive and finite"),
             "t_end": (0 < self.t_end < math.inf, "positive and finite"),
             "stop_fraction": (0 <= self.stop_fraction <= 1, "in [0, 1]"),
-            "lr_ramp_steps": (0 <= self.lr_ramp_steps, "at least 0"),
+            "lr_ramp_steps": (self.lr_ramp_steps >= 0, "at least 0"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -158,13 +166,15 @@ class RunConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> RunConfig:
         """The config that :meth:`to_dict` gave; missing fields take their defaults.
 
-        Raises ValueError for an unknown field, with the nearest known one, and as the constructor does.
+        Raises ValueError for an unknown field, with the nearest known one; else as the constructor does.
         """
         values = _known(cls, values, "")
         kind = LlamaConfig if values.get("task", "text") == "text" else ViTConfig
         for name, part in (("model", kind), ("data", DataConfig)):
             if isinstance(values.get(name), Mapping):
-                values[name] = part(**_known(part, values[name], f"{name}."))
+                known = _known(part, values[name], f"{name}.")
+                _check_types(part, known, f"{name}.")  # before the part's own rules compare a string with a number
+                values[name] = part(**known)
         if "model" not in values:
             values["model"] = kind()
         return cls(**values)
@@ -217,12 +227,11 @@ def _known(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]
     return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
-def _check_types(config: Any, prefix: str) -> None:
-    hints = typing.get_type_hints(type(config))
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if not _is_a(value, hints[item.name]):
-            raise TypeError(f"{prefix}{item.name} must be {_spell(hints[item.name])}, got {value!r}")
+def _check_types(kind: type, values: Mapping[str, Any], prefix: str) -> None:
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if not _is_a(value, hints[name]):
+            raise TypeError(f"{prefix}{name} must be {_spell(hints[name])}, got {value!r}")
 
 
 def _is_a(value: Any, hint: Any) -> bool:
@@ -265,7 +274,7 @@ def _vit(name: str, width: int, heads: int, drop_path: float, **training: Any) -
         "warmup_steps": 25_020,  # 5 epochs
         "eval_interval": 5004,
         "lr": 5e-4,
-        "min_lr_ratio": 0.01,
+        "min_lr_ratio": 0.02,  # DeiT ends at 1e-5
         "optimizer": "adamw",
         "weight_decay": 0.05,
         "t_end": 3.0,
@@ -289,7 +298,7 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
             _llama("1b", 2048, 5504, 24, 32, micro_batch=16, lr=5e-4, eval_tokens=1_000_000),
             # Digits in about a minute; with other data raise total_steps.
             _vit(
-                "vit-tiny", 192, 3, 0.0, batch_size=64, micro_batch=64, total_steps=300, warmup_steps=30,
+                "vit-tiny", 192, 3, 0.0, batch_size=32, micro_batch=32, total_steps=200, warmup_steps=20,
                 eval_interval=100, interval=25, lr_ramp_steps=3,
             ),
             _vit("vit-small", 384, 6, 0.1),
@@ -300,7 +309,7 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
 
 
 def preset(name: str, **changes: Any) -> RunConfig:
-    """The preset of that name with some fields changed. Raises ValueError when there is none; the message lists them."""
+    """The preset of that name with some fields changed. Raises ValueError, listing them, when there is none."""
     if name not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
     return RunConfig.from_dict(PRESETS[name].to_dict() | changes) if changes else PRESETS[name]

@@ -1,7 +1,8 @@
 """The log of a run: one JSON object per line, each with ``kind`` and ``step``.
 
-metrics.jsonl: ``train`` (loss, ppl, lr, tokens_per_s or images_per_s, turnover, zeta, T; means since the line
-before), ``eval`` (val_loss, val_ppl or val_accuracy) and ``update`` (a topology update, over all layers).
+metrics.jsonl: ``start`` (method, preset, device, what a model without context reaches), ``dense`` (re-training: the
+dense model, evaluated), ``train`` (loss, ppl, lr, tokens_per_s or images_per_s, turnover, zeta, T; loss and speed since
+the line before), ``eval`` (val_loss, val_ppl or val_accuracy) and ``update`` (a topology update, over all layers).
 updates.jsonl: the same updates layer by layer.
 """
 
@@ -30,11 +31,14 @@ class MetricsLog:
             file.write(json.dumps(row) + "\n")
         return row
 
+    def read(self) -> list[dict[str, Any]]:
+        """All lines so far."""
+        return list(read_metrics(self.path)) if self.path.exists() else []
+
     def truncate(self, step: int) -> None:
         """Drop the lines after ``step``: a resumed run writes them again."""
         if self.path.exists():
-            kept = [json.dumps(row) + "\n" for row in read_metrics(self.path) if row["step"] <= step]
-            write_text(self.path, "".join(kept))
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.read() if row["step"] <= step))
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:

@@ -5,11 +5,14 @@ Importing this module does not import Triton.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Sequence
 
 import torch
+
+from .. import check
 
 SLOTS = 16
 """Table entries written by one launch."""
@@ -18,6 +21,25 @@ SLOTS = 16
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 runs kernels on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+LARGEST_MATRIX = 1 << 32
+"""Elements N * K that an index of the removal's candidates can tell apart."""
+
+
+def too_large(ids: torch.Tensor) -> str | None:
+    elements = ids.numel() * 16
+    return f"it takes up to 2**32 elements N * K, got {elements}" if elements > LARGEST_MATRIX else None
+
+
+def why_not_in_place(tensors: Sequence[torch.Tensor]) -> str | None:
+    """The reason why link data cannot be moved in place, or None."""
+    for index, tensor in enumerate(tensors):
+        if not tensor.is_contiguous():
+            return f"it needs contiguous tensors, tensors[{index}] has strides {tensor.stride()}"
+        if tensor.element_size() > 8:
+            return f"it moves elements of up to 8 bytes, tensors[{index}] has dtype {tensor.dtype}"
+    return None
 
 
 def why_not(*tensors: torch.Tensor | None) -> str | None:
@@ -36,6 +58,19 @@ def why_not(*tensors: torch.Tensor | None) -> str | None:
     except ImportError:
         return "Triton is not installed"
     return None
+
+
+def on_device(tensor: torch.Tensor):
+    """Context in which Triton launches on the tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def check_noise(seed: int, layers: Sequence[int], step: int) -> None:
+    """The ranges of the Philox key and counter words, as :func:`chts_kernels.rng.random_bits` checks them."""
+    check.unsigned(seed, "seed", 63)
+    for layer in layers:
+        check.unsigned(layer, "layer", 32)
+    check.unsigned(step, "step", 32)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ position; a resumed loader goes on with exactly the batches that an uninterrupte
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +54,7 @@ class EpochOrder:
         return self._order
 
 
-class _Batches:
+class _Batches(ABC):
     """What both loaders share: iteration without end, and the state."""
 
     def __init__(self, count: int, batch_size: int, seed: int, shuffle: bool, **identity: Any) -> None:
@@ -86,8 +87,8 @@ class _Batches:
     def __next__(self) -> tuple[Tensor, Tensor]:
         return self._read(*self._order.take(self.batch_size))
 
-    def _read(self, items: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def _read(self, items: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]: ...
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values: the position, and what the order depends on. Not the batch size, which may change."""
@@ -156,8 +157,8 @@ class TextBatches(_Batches):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass in a fixed order; the last batch may be smaller.
 
-        With ``max_tokens`` only ceil(max_tokens / seq_len) windows, spread evenly over all documents rather than the first
-        ones. Weigh each batch's mean loss by ``(targets != -100).sum()``.
+        With ``max_tokens`` only ceil(max_tokens / seq_len) windows, spread evenly over all documents rather than
+        the first ones. Weigh each batch's mean loss by ``(targets != -100).sum()``.
         """
         windows = _Windows(docs, seq_len)
         chosen = _spread(windows.count, None if max_tokens is None else -(-max_tokens // seq_len))

@@ -1,4 +1,4 @@
-"""Readers of image data sets: arrays in an npz, JPEG streams in an npz, class folders, torchvision, scikit-learn digits."""
+"""Readers of image data: arrays or JPEG streams in an npz, class folders, torchvision, scikit-learn digits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from chts_train.data.images import ArraySource, DecodedSource, ImageData, Source
 from chts_train.data.optional import require_package
 from chts_train.extras import require
 
-_SUFFIXES = frozenset(".jpg .jpeg .png .bmp .gif .webp .tif .tiff .ppm .pgm".split())
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _TRAIN_FOLDERS, _VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 _IMAGE_KEYS, _LABEL_KEYS = ("images", "x", "image", "data"), ("labels", "y", "label", "targets")
 _NOT_MIRRORED = ("SVHN", "GTSRB", "RenderedSST2")  # colour images of digits, signs and text
@@ -105,7 +105,8 @@ def _pixels(array: np.ndarray, key: str, path: Path) -> Tensor:
         array = array.transpose(0, 3, 1, 2)
     if array.ndim != 4 or array.shape[1] not in (1, 3):
         raise ValueError(
-            f"{key} in {path} must be [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, got {list(array.shape)}"
+            f"{key} in {path} must be [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels, "
+            f"got {list(array.shape)}"
         )
     if array.dtype.kind == "f":
         if not (np.isfinite(array).all() and array.min(initial=0) >= 0 and array.max(initial=0) <= 1):
@@ -122,7 +123,7 @@ def _npz(path: Path, image_size: int | None, seed: int, val_fraction: float) -> 
             arrays = {key: file[key] for key in file.files}
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a whole .npz of plain arrays: {error}") from error
-    if _JPEG_KEYS <= arrays.keys():
+    if arrays.keys() >= _JPEG_KEYS:
         return _jpeg_npz(path, arrays, image_size, seed, val_fraction)
     if {"x_train", "y_train", "x_test", "y_test"} <= arrays.keys():
         pairs = [(f"x_{part}", f"y_{part}") for part in ("train", "test")]
@@ -131,7 +132,8 @@ def _npz(path: Path, image_size: int | None, seed: int, val_fraction: float) -> 
         label_key = next((key for key in _LABEL_KEYS if key in arrays), None)
         if image_key is None or label_key is None:
             raise ValueError(
-                f"{path} must hold images and labels, x and y, or x_train, y_train, x_test, y_test; got {sorted(arrays)}"
+                f"{path} must hold images and labels, x and y, or x_train, y_train, x_test, y_test, "
+                f"got {sorted(arrays)}"
             )
         pairs = [(image_key, label_key)]
     loaded = []
@@ -163,7 +165,8 @@ def _jpeg_npz(
     header, body, offset, labels = arrays["header"].tobytes(), arrays["body"], arrays["offset"], arrays["label"]
     if len(offset) != len(labels) + 1 or (np.diff(offset) < 0).any() or offset[0] < 0 or offset[-1] > len(body):
         raise ValueError(
-            f"offset in {path} must be {len(labels) + 1} ascending places in body ({len(body)} bytes), got {len(offset)}"
+            f"offset in {path} must be {len(labels) + 1} ascending places in body ({len(body)} bytes), "
+            f"got {len(offset)} from {offset[:1]} to {offset[-1:]}"
         )
     image = require("PIL.Image", f"decoding the JPEG images of {path}")
 

@@ -49,7 +49,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class ImageData:
-    """Both splits; ``fit`` arguments of a :class:`~chts_train.models.ViTConfig` are image_size, channels, num_classes."""
+    """Both splits, and the sizes that a model for them needs."""
 
     name: str
     train: ImageSet
@@ -141,8 +141,9 @@ def make_data(
 ) -> ImageData:
     """ImageData of [(train source, labels), (val source, labels)]; mean and deviation from the train split.
 
-    Grey sets are never mirrored, whatever ``mirror`` says: most of them are digits and letters. Labels of any kind become 0 .. classes - 1 in sorted order of the train labels. Raises ValueError when a split
-    is empty or val has a label that train has not.
+    Grey sets are never mirrored, whatever ``mirror`` says: most of them are digits and letters. Labels of any
+    kind become 0 .. classes - 1 in sorted order of the train labels. Raises ValueError when a split is empty or
+    val has a label that train has not.
     """
     classes = np.unique(splits[0][1])
     bytes_each = channels * image_size * image_size

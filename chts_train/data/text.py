@@ -7,7 +7,8 @@
 - token arrays (``.npy .bin .u16``, optionally ``.xz``), documents ended by an end-of-text id. Files whose names
   hold ``train`` and ``val`` (or ``valid``, ``validation``, ``test``) in the same place are the split. One file is
   memory-mapped where it is not compressed; several of one part are joined in memory;
-- the name of a Hugging Face data set (``owner/name`` or ``owner/name:config``, prefix ``hf:`` allowed), with the package `datasets`.
+- the name of a Hugging Face data set (``owner/name`` or ``owner/name:config``, prefix ``hf:`` allowed), with the
+  package `datasets`.
 
 Text becomes bytes (ids 0..255, end of document 256) or, with ``tokenizer``, the ids of a `tokenizers` JSON file.
 """
@@ -32,9 +33,27 @@ from chts_train.extras import require
 BYTE_VOCAB = 257  # the 256 bytes and the end of a document
 _END_OF_BYTES = 256
 _END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-_TEXT_SUFFIXES = frozenset(
-    ".txt .text .md .rst .tex .html .py .pyi .c .h .cc .cpp .hpp .cu .java .js .ts .go .rs "
-    ".rb .sh .sql .toml .yaml .yml".split()
+_TEXT_SUFFIXES = (
+    *(".txt", ".text", ".md", ".rst", ".tex", ".html"),
+    *(
+        ".py",
+        ".pyi",
+        ".c",
+        ".h",
+        ".cc",
+        ".cpp",
+        ".hpp",
+        ".cu",
+        ".java",
+        ".js",
+        ".ts",
+        ".go",
+        ".rs",
+        ".rb",
+        ".sh",
+        ".sql",
+    ),
+    *(".toml", ".yaml", ".yml"),
 )
 # Not prose or code in the usual sense: tests would be 60 % of everything, encodings are tables of characters.
 _STDLIB_SKIP = frozenset(("site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "__pycache__"))

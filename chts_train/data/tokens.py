@@ -104,7 +104,9 @@ def read_array(path: Path) -> np.ndarray:
     """
     try:
         if path.suffix == ".xz":
-            tokens = _from_bytes(lzma.open(path).read(), is_npy=path.name.endswith(".npy.xz"))
+            data = lzma.decompress(path.read_bytes())
+            is_npy = path.name.endswith(".npy.xz")
+            tokens = np.load(io.BytesIO(data), allow_pickle=False) if is_npy else np.frombuffer(data, dtype="<u2")
         elif path.suffix == ".npy":
             tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         elif path.stat().st_size:
@@ -118,10 +120,6 @@ def read_array(path: Path) -> np.ndarray:
     if tokens.dtype.kind == "i" and any((chunk < 0).any() for _, chunk in _chunks(tokens)):
         raise ValueError(f"{path} must hold token ids >= 0, got a negative one")
     return tokens
-
-
-def _from_bytes(data: bytes, is_npy: bool) -> np.ndarray:
-    return np.load(io.BytesIO(data), allow_pickle=False) if is_npy else np.frombuffer(data, dtype="<u2")
 
 
 def split_documents(docs: TokenDocs, val_fraction: float, seed: int) -> tuple[TokenDocs, TokenDocs]:

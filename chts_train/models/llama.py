@@ -73,7 +73,10 @@ class LlamaConfig:
 
 
 def rotary_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """(cos, sin), each float32 [length, head_dim]: channels i and i + head_dim / 2 share the angle p * theta^(-2i / head_dim)."""
+    """(cos, sin), each float32 [length, head_dim].
+
+    At position p, channels i and i + head_dim / 2 share the angle p * theta^(-2i / head_dim).
+    """
     frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()

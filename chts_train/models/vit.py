@@ -62,20 +62,20 @@ class ViTConfig:
         """The same network for images of another size.
 
         The patch becomes the largest divisor of ``image_size`` that is at most this config's ``patch_size`` and
-        leaves at least 7 patches a side (one pixel where none does): 16 at 224, 4 at 32 and 28, 1 at 8.
+        leaves at least 7 patches a side, but not single pixels where the size is even: 16 at 224, 4 at 32 and 28,
+        2 at 8.
         """
-        sizes = [
-            size
-            for size in range(1, self.patch_size + 1)
-            if image_size % size == 0 and (size == 1 or image_size // size >= MIN_PATCHES_PER_SIDE)
-        ]
+        divisors = [size for size in range(1, self.patch_size + 1) if image_size % size == 0]
+        patch_size = max(size for size in divisors if size == 1 or image_size // size >= MIN_PATCHES_PER_SIDE)
+        if patch_size == 1 and 2 in divisors:
+            patch_size = 2
         return replace(
-            self, image_size=image_size, patch_size=sizes[-1], in_channels=in_channels, num_classes=num_classes
+            self, image_size=image_size, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes
         )
 
 
 class DropPath(nn.Module):
-    """In training, drop a residual branch for whole samples with probability ``rate`` and scale the rest by 1 / (1 - rate)."""
+    """In training, drop a branch for whole samples with probability ``rate``, scale the rest by 1 / (1 - rate)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -160,8 +160,8 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_patches + 1, config.embed_dim))
         self.patch_embed = PatchEmbed(config)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
-        self.blocks = nn.Sequential(*(Block(config, rate) for rate in rates))
+        last = max(1, config.depth - 1)
+        self.blocks = nn.Sequential(*(Block(config, config.drop_path * i / last) for i in range(config.depth)))
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.head = nn.Linear(config.embed_dim, config.num_classes)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -175,7 +175,7 @@ class ViT(nn.Module):
             nn.init.zeros_(module.bias)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that, besides every bias and norm, take no weight decay (timm's method of this name)."""
+        """Parameters that, besides every bias and norm, take no weight decay (timm's method of this name)."""
         return {"cls_token", "pos_embed"}
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor:

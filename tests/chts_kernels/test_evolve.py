@@ -16,6 +16,7 @@ from chts_kernels import (
     SparseWeight,
     carry_over_,
     evolve,
+    evolve_many,
     pack,
     pattern_table,
     random_ids,
@@ -162,12 +163,12 @@ def test_frechet_ranking_is_sampling_without_replacement(temperature: float) -> 
 
 
 def test_remove_samples_without_replacement() -> None:
-    """The same through the public function: four links, two of them kept, 4000 steps."""
+    """The same through the public function: four links, two of them kept, 2000 steps."""
     values = torch.tensor([[0.5], [-1.0], [1.5], [2.0]])
     ids = torch.tensor([[pattern_table(1).id_from_mask[1 | 1 << 5 | 1 << 10 | 1 << 15]]])  # the identity
     exact = kept_set_probabilities([0.5**2, 1.0, 1.5**2, 4.0], 2)
     cells = {sum(1 << 5 * link for link in cell): i for i, cell in enumerate(exact)}
-    draws = [cells[remove(values, ids, 1, zeta=0.5, temperature=2.0, step=s).item()] for s in range(4000)]
+    draws = [cells[remove(values, ids, 1, zeta=0.5, temperature=2.0, step=s).item()] for s in range(2000)]
     assert chi_square(np.bincount(draws, minlength=6), np.array(list(exact.values()))) < 4
 
 
@@ -456,6 +457,40 @@ def test_evolution_replays(n: int) -> None:
 
     for a, b in zip(history(), history(), strict=True):
         assert_bitwise_equal(a, b)
+
+
+def layers_of_a_model() -> tuple[list[SparseWeight], list[list[torch.Tensor]]]:
+    """Weights of several shapes, dtypes and n, with none to two moments."""
+    weights = [random_weight(32, 48, 2, seed=1), random_weight(16, 16, 1, seed=2), random_weight(32, 48, 2, seed=3),
+               random_weight(8, 64, 2, torch.bfloat16, seed=4)]  # fmt: skip
+    return weights, [[random_tensor(w.values.shape, seed=i + j) for j in range(i % 3)] for i, w in enumerate(weights)]
+
+
+@pytest.mark.parametrize("from_schedule", (False, True))
+def test_evolve_many_is_evolve_of_each(from_schedule: bool) -> None:
+    """Grouping weights changes nothing; neither does reading zeta, temperature and step from a tensor."""
+    (together, their_moments), (alone, own_moments) = layers_of_a_model(), layers_of_a_model()
+    numbers = {"zeta": 0.3, "temperature": 2.0, "step": 400}
+    schedule = torch.tensor(list(numbers.values()), dtype=torch.float64) if from_schedule else None
+    layers = [3, 0, 7, 1]
+    many = evolve_many(together, seed=5, layers=layers, moments=their_moments, stats=True,
+                       **({"schedule": schedule} if from_schedule else numbers))  # fmt: skip
+    for place, w in enumerate(alone):
+        one = evolve(w, seed=5, layer=layers[place], moments=own_moments[place], stats=True, **numbers)
+        assert torch.equal(together[place].ids, w.ids) and torch.equal(many[place].survivors, one.survivors)
+        assert_bitwise_equal(together[place].values, w.values)
+        for got, expected in zip(their_moments[place], own_moments[place], strict=True):
+            assert_bitwise_equal(got, expected)
+        assert {k: v.item() for k, v in many[place].stats.items()} == {k: v.item() for k, v in one.stats.items()}
+
+
+def test_evolve_many_numbers_its_layers_and_accepts_none() -> None:
+    assert evolve_many([]) == []
+    (together, _), (alone, _) = layers_of_a_model(), layers_of_a_model()
+    evolve_many(together, zeta=0.3)
+    for place, w in enumerate(alone):
+        evolve(w, zeta=0.3, layer=place)
+        assert torch.equal(together[place].ids, w.ids)
 
 
 def test_evolve_leaves_all_untouched_when_an_argument_is_wrong() -> None:

@@ -325,6 +325,18 @@ def test_operands_follow_another_dtype_and_other_tensors(n: int) -> None:
     )
 
 
+@pytest.mark.parametrize("what", ("values", "ids"))
+def test_operands_notice_a_tensor_that_took_the_memory_of_the_last(what: str) -> None:
+    """The allocator hands the address of a freed tensor to its successor; both are at version 0."""
+    w = random_weight(64, 64)
+    for seed in range(20):
+        setattr(w, what, None)
+        setattr(w, what, getattr(random_weight(64, 64, seed=seed), what))
+        operands = w.operands(torch.bfloat16)
+        assert_bitwise_equal(operands.values, w.values.bfloat16())
+        assert_bitwise_equal(operands.meta, metadata_from_ids(w.ids, 2))
+
+
 def test_operands_own_memory_after_they_shared_the_values() -> None:
     """First the operand is the bf16 values themselves, then the master becomes float32: nothing may be written to them."""
     w = random_weight(8, 8, 2, torch.bfloat16)

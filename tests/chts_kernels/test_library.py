@@ -143,8 +143,8 @@ def test_the_graph_holds_the_ops_and_nothing_dense() -> None:
         seen.extend(str(node.target) for node in module.graph.nodes if node.op == "call_function")
         return module.forward
 
-    from torch._dynamo.backends.common import aot_autograd
     from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
 
     backend = aot_autograd(fw_compiler=lambda m, i: make_boxed_func(record(m, i)),
                            bw_compiler=lambda m, i: make_boxed_func(record(m, i)))  # fmt: skip

@@ -252,6 +252,7 @@ def test_values_of_any_strides(n: int) -> None:
     assert_bitwise_equal(strided.T.values, w.T.values)
     for dtype in (torch.float32, torch.bfloat16):
         fresh, expected = strided.operands(dtype), w.operands(dtype)
+        assert fresh.values.is_contiguous()  # what a kernel reads is never a strided view
         assert_bitwise_equal(fresh.values, expected.values)
         assert_bitwise_equal(fresh.values_t, expected.values_t)
 

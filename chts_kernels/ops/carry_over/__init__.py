@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ... import check
+from .._batch import why_not, why_not_in_place
 from .._library import Op
 from . import reference
 
@@ -42,3 +43,14 @@ def carry_over_(
         check.link_data(tensor, old_ids, n, f"tensors[{index}]")
     if tensors:
         CARRY_OVER_(list(tensors), old_ids, new_ids, n, impl=impl)
+
+
+def _why_not(tensors: list[torch.Tensor], old_ids: torch.Tensor, new_ids: torch.Tensor, n: int) -> str | None:
+    return why_not_in_place(tensors) or why_not(*tensors, old_ids, new_ids)
+
+
+@CARRY_OVER_.kernel("triton", _why_not)
+def _triton(*args) -> None:
+    from . import triton_carry_over
+
+    triton_carry_over.carry_over_(*args)

@@ -215,6 +215,10 @@ def pack_operands_kernel(values_ptr, ids_ptr, table_ptr, operand_ptr, meta_ptr, 
     tile_k = program % programs_k * LANES_K + lane % LANES_K
     count_n = block_rows - 4 * tile_n
     count_k = block_columns - 4 * tile_k
+    if VECTOR_N:
+        block_rows = block_rows // 4 * 4  # tells the compiler that rows start on 16-byte boundaries
+    if VECTOR_K:
+        block_columns = block_columns // 4 * 4
 
     facts, words = (), ()
     for i in tl.static_range(4):
@@ -249,6 +253,8 @@ def tiling(block_rows: int, block_columns: int, lanes_n: int, lanes_k: int) -> t
 
 def lanes(block_rows: int, block_columns: int) -> tuple[int, int]:
     """(LANES_N, LANES_K) of a program: one warp while that is what spreads the work, else four."""
+    if _triton.interpreting():  # which pays per program, not per element
+        return 32, 32
     return (4, 8) if block_rows * block_columns < 1 << 19 else (16, 8)
 
 

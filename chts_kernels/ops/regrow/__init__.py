@@ -6,6 +6,7 @@ import torch
 
 from ... import check
 from ...patterns import BLOCK
+from .._batch import too_large, why_not
 from .._library import Op
 from ..score import check_survivors
 from . import reference
@@ -58,3 +59,14 @@ def regrow(
         check.require(tuple(scores.shape) == expected, "scores", f"have shape {expected}", tuple(scores.shape))
         check.same_device(survivors=survivors, scores=scores)
     return REGROW(None if mode == "random" else scores, survivors, n, mode, seed, layer, step, impl=impl)
+
+
+def _why_not(scores: torch.Tensor | None, survivors: torch.Tensor, *_: object) -> str | None:
+    return too_large(survivors) or why_not(scores, survivors)
+
+
+@REGROW.kernel("triton", _why_not)
+def _triton(*args) -> torch.Tensor:
+    from . import triton_regrow
+
+    return triton_regrow.regrow(*args)

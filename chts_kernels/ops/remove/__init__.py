@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ... import check
+from .._batch import too_large, why_not
 from .._library import Op
 from . import reference
 
@@ -56,7 +57,22 @@ def remove(
     check.links_per_row(n)
     check.ids(ids)
     check.values_for_ids(values, ids, n)
-    check.require(0.0 <= zeta <= 1.0, "zeta", "be in [0, 1] (a fraction of the active links)", zeta)
-    check.require(temperature >= MIN_TEMPERATURE, "temperature", f"be at least {MIN_TEMPERATURE}", temperature)
+    check_numbers(zeta, temperature)
     check.choice(mode, "mode", ("soft", "hard"))
     return REMOVE(values, ids, n, float(zeta), float(temperature), mode, seed, layer, step, impl=impl)
+
+
+def check_numbers(zeta: float, temperature: float) -> None:
+    check.require(0.0 <= zeta <= 1.0, "zeta", "be in [0, 1] (a fraction of the active links)", zeta)
+    check.require(temperature >= MIN_TEMPERATURE, "temperature", f"be at least {MIN_TEMPERATURE}", temperature)
+
+
+def _why_not(values: torch.Tensor, ids: torch.Tensor, *_: object) -> str | None:
+    return too_large(ids) or why_not(values, ids)
+
+
+@REMOVE.kernel("triton", _why_not)
+def _triton(*args) -> torch.Tensor:
+    from . import triton_remove
+
+    return triton_remove.remove(*args)

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from ... import rng_triton as noise
 from ...patterns import BLOCK, pattern_table
-from .._batch import table, triton_type
+from .._batch import check_noise, on_device, table, triton_type
 
 BINS = tl.constexpr(4096)
 STATE = tl.constexpr(16)  # int32 words of state per layer, before its three histograms
@@ -424,4 +424,6 @@ def remove(
     step: int,
 ) -> torch.Tensor:
     """The op: a batch of one."""
-    return remove_many([values.contiguous()], [ids.contiguous()], n, zeta, temperature, mode, seed, [layer], step)[0]
+    check_noise(seed, [layer], step)
+    with on_device(ids):
+        return remove_many([values.contiguous()], [ids.contiguous()], n, zeta, temperature, mode, seed, [layer], step)[0]

@@ -6,6 +6,7 @@ import torch
 
 from ... import check
 from ...patterns import BLOCK
+from .._batch import too_large, why_not
 from .._library import Op
 from . import reference
 
@@ -42,3 +43,16 @@ def score(survivors: torch.Tensor, *, dtype: torch.dtype = torch.float32, impl: 
     check_survivors(survivors)
     check.choice(dtype, "dtype", (torch.float32, torch.float64))
     return SCORE(survivors, dtype, impl=impl)
+
+
+def _why_not(survivors: torch.Tensor, dtype: torch.dtype) -> str | None:
+    if dtype != torch.float32:
+        return f"it computes float32 scores, got dtype {dtype}"
+    return too_large(survivors) or why_not(survivors)
+
+
+@SCORE.kernel("triton", _why_not)
+def _triton(*args) -> torch.Tensor:
+    from . import triton_score
+
+    return triton_score.score(*args)

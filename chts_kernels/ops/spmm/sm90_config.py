@@ -17,7 +17,8 @@ UNROLL = 4                  # steps whose metadata is fetched together
 class Sm90Config:
     """bm x bn tile; `stages` of 64 columns in flight; `group` row tiles (cluster * bm rows each) form a band that keeps W in L2 while
     tokens stream by; `cluster` CTAs stacked along the rows share every X tile by multicast; the second warpgroup starts a tile `shift`
-    steps after the first, so that one multiplies while the other stores; the output leaves in passes of `y_tokens` (0: bn) tokens."""
+    steps after the first, so that one multiplies while the other stores; the output leaves in passes of `y_tokens` (0: bn) tokens; `hints` are
+    the L2 policies of W, X and Y: n(ormal), evict f(irst), evict l(ast)."""
 
     bm: int
     bn: int
@@ -26,11 +27,12 @@ class Sm90Config:
     cluster: int = 1
     shift: int = 0
     y_tokens: int = 0
+    hints: str = "nnn"
 
     @property
     def name(self) -> str:
         extra = f"c{self.cluster}" * (self.cluster > 1) + f"s{self.stages}" + f"g{self.group}" + f"l{self.shift}" * (self.shift > 0)
-        return f"{self.bm}x{self.bn}{extra}" + f"y{self.y_tokens}" * (self.y_tokens > 0)
+        return f"{self.bm}x{self.bn}{extra}" + f"y{self.y_tokens}" * (self.y_tokens > 0) + self.hints * (self.hints != "nnn")
 
     @property
     def warpgroups(self) -> int:
@@ -84,6 +86,7 @@ def why_illegal(config: Sm90Config) -> str | None:
         (0 <= c.shift <= UNROLL, f"shift must be between 0 and {UNROLL}"),
         (c.shift == 0 or (c.warpgroups == 2 and c.shift + 2 <= c.stages), "shift needs two warpgroups and shift + 2 stages"),
         (c.bn % c.store_tokens == 0 and c.store_tokens % 16 == 0, "y_tokens must divide bn and be a multiple of 16"),
+        (len(c.hints) == 3 and set(c.hints) <= set("nfl"), "hints must be three of n, f, l"),
         (c.shared_bytes <= SHARED_LIMIT, f"shared memory {c.shared_bytes} must not exceed {SHARED_LIMIT}"),
     ]
     return next((rule for holds, rule in rules if not holds), None)

@@ -50,7 +50,7 @@ def _row_tile(pm, CLUSTER: gl.constexpr):
 
 @gluon.jit
 def _load_partition(steps, num_m, num_n, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr,
-                    BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr):
+                    BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, HINTS: gl.constexpr):
     STAGE: gl.constexpr = BM * 64 + BN * 128
     start = gl.program_id(0) // CLUSTER
     stride = gl.num_programs(0) // CLUSTER
@@ -68,7 +68,7 @@ def _load_partition(steps, num_m, num_n, STAGES: gl.constexpr, RING: gl.constexp
             for step in range(steps):
                 mbar_wait(BARRIERS + (STAGES + s) * 8, phase)
                 load_stage(RING + s * STAGE, BARRIERS + s * 8, pm * BM, pn * BN + rank * (BN // CLUSTER), step * 32, step * 64, rank,
-                           BM, BN, CLUSTER)
+                           BM, BN, CLUSTER, HINTS)
                 s += 1
                 if s == STAGES:
                     s = 0
@@ -113,7 +113,7 @@ def _words(meta_ptr, row, step, steps, tid):
 def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.constexpr, BM: gl.constexpr,
                         BN: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
                         Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, SHIFT: gl.constexpr,
-                        CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr):
+                        CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, HINTS: gl.constexpr):
     """Warpgroup WG: rows [WG * BLOCKS * 64, (WG + 1) * BLOCKS * 64) of the tile."""
     ROWS: gl.constexpr = WG * BLOCKS * 64
     CHUNKS: gl.constexpr = BN // 2 // CHUNK
@@ -188,9 +188,9 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
                 b0 = gl.load(bias_ptr + low, mask=low < n_out, other=0.0).to(gl.float32)
                 b1 = gl.load(bias_ptr + low + 8, mask=low + 8 < n_out, other=0.0).to(gl.float32)
                 accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN, (gl.expand_dims(b0, 1), gl.expand_dims(b1, 1)),
-                                   WG, DTYPE)
+                                   WG, DTYPE, HINTS)
             else:
-                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN, (), WG, DTYPE)
+                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN, (), WG, DTYPE, HINTS)
         row = next_row
     store_drain()
     if CLUSTER > 1:
@@ -201,7 +201,7 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
 def chts_spmm_sm90(w_desc, x_desc, y_desc, meta_ptr, bias_ptr, n_out, steps, num_m, num_n, BM: gl.constexpr, BN: gl.constexpr,
                    WARPGROUPS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
                    Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, SHIFT: gl.constexpr,
-                   CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr):
+                   CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, HINTS: gl.constexpr):
     """steps: 64-column steps of K; num_m counts row tiles of CLUSTER * BM rows. Shared memory from RING on: STAGES of (X tile, W tile),
     an output buffer per warpgroup at Y_OFFSET, and at BARRIERS a full and an empty mbarrier per stage."""
     for i in gl.static_range(STAGES):
@@ -212,14 +212,14 @@ def chts_spmm_sm90(w_desc, x_desc, y_desc, meta_ptr, bias_ptr, n_out, steps, num
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
-                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE)),
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE, HINTS)),
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 1, BM, BN, BLOCKS, STAGES, RING,
-                                   Y_OFFSET + Y_TOKENS * 128, Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE)),
-            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER)),
+                                   Y_OFFSET + Y_TOKENS * 128, Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE, HINTS)),
+            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS)),
         ], [4, 4], [240, 24])
     else:
         gl.warp_specialize([
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
-                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE)),
-            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER)),
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE, HINTS)),
+            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS)),
         ], [4], [24])

@@ -42,7 +42,7 @@ def compile_config(config: Sm90Config, dtype: torch.dtype, bias: torch.dtype | N
     constants = {"BM": config.bm, "BN": config.bn, "WARPGROUPS": config.warpgroups, "BLOCKS": config.blocks, "STAGES": config.stages,
                  "RING": RESERVED, "Y_OFFSET": config.store_offset, "Y_TOKENS": config.store_tokens,
                  "BARRIERS": config.barrier_offset, "GROUP": config.group, "CLUSTER": config.cluster, "SHIFT": config.shift,
-                 "CHUNK": config.chunk, "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype]}
+                 "CHUNK": config.chunk, "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype], "HINTS": config.hints}
     compiled = compile_kernel(chts_spmm_sm90, signature, constants)
     check_ptx(compiled.asm["ptx"], int(compiled.metadata.shared), config)
     return compiled

@@ -86,6 +86,14 @@ def cluster_sync(_semantic=None):
 
 
 # --- loads -----------------------------------------------------------------------------------------------------------
+POLICY = {"f": 0x12F0000000000000, "l": 0x14F0000000000000}      # L2 cache policies evict_first and evict_last, whole access
+
+
+def _hint(letter: str) -> tuple[str, str]:
+    """The qualifier and the operand of an L2 policy; none for "n"."""
+    return (".L2::cache_hint", f", {POLICY[letter]:#x}") if letter in POLICY else ("", "")
+
+
 def _map_address(register: str, index: int) -> str:
     return f"mov.b64 {register}, {KERNEL}_param_{index}; cvta.param.u64 {register}, {register};"
 
@@ -100,18 +108,19 @@ def prefetch_maps(_semantic=None):
 
 
 @builtin
-def load_stage(stage, full, row_w, row_x, k_w, k_x, rank, BM, BN, CLUSTER, _semantic=None):
+def load_stage(stage, full, row_w, row_x, k_w, k_x, rank, BM, BN, CLUSTER, HINTS, _semantic=None):
     """One lane announces the stage's bytes, then copies W's tile [BM, 32] and X's [BN, 64]; in a cluster each CTA copies its part of
     X's rows to all. W first: the other order costs 7 % sustained (KERNELS.md section 5)."""
     bm, bn, cluster = unwrap(BM), unwrap(BN), unwrap(CLUSTER)
     copy = "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+    (hint_w, policy_w), (hint_x, policy_x) = (_hint(letter) for letter in unwrap(HINTS)[:2])
     multicast, mask = (".multicast::cluster", f", {(1 << cluster) - 1}") if cluster > 1 else ("", "")
     asm = ("{ .reg .pred p; .reg .b32 base, bar, d; .reg .b64 tw, tx; "
            "mov.u32 base, global_smem; add.u32 bar, base, $2; add.u32 base, base, $1;"
            f"{_map_address('tw', PARAM_W)} {_map_address('tx', PARAM_X)} elect.sync _|p, 0xffffffff;"
            f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {bm * 64 + bn * 128};"
-           f"add.u32 d, base, {bn * 128}; {copy} [d], [tw, {{$5, $3}}], [bar];"
-           f"mad.lo.u32 d, $7, {bn // cluster * 128}, base; {copy}{multicast} [d], [tx, {{$6, $4}}], [bar]{mask};"
+           f"add.u32 d, base, {bn * 128}; {copy}{hint_w} [d], [tw, {{$5, $3}}], [bar]{policy_w};"
+           f"mad.lo.u32 d, $7, {bn // cluster * 128}, base; {copy}{multicast}{hint_x} [d], [tx, {{$6, $4}}], [bar]{mask}{policy_x};"
            "mov.b32 $0, 0; }")
     return asm_scalar(_semantic, asm, "=r" + ",r" * 7, [stage, full, row_w, row_x, k_w, k_x, rank])
 
@@ -173,7 +182,7 @@ def copies(x, COUNT, _semantic=None):
 
 # --- the epilogue ----------------------------------------------------------------------------------------------------
 @builtin
-def store_block(accs, BLOCK, CHUNKS, Y_TOKENS, y_offset, row, token, bias, WG, DTYPE, _semantic=None):
+def store_block(accs, BLOCK, CHUNKS, Y_TOKENS, y_offset, row, token, bias, WG, DTYPE, HINTS, _semantic=None):
     """Store m64 block BLOCK (CHUNKS register tensors), transposed, in passes of Y_TOKENS tokens: wait until the previous copy has
     read this warpgroup's buffer, write [tokens, 64 rows] with stmatrix.trans, start the TMA store and leave it running.
 
@@ -186,6 +195,7 @@ def store_block(accs, BLOCK, CHUNKS, Y_TOKENS, y_offset, row, token, bias, WG, D
     regs = pack * chunks
     offset, out_row, out_token, bias_low, bias_high = (f"${2 * regs + i * pack}" for i in range(5))
     convert = "cvt.rn.bf16x2.f32" if unwrap(DTYPE) == "bf16" else "cvt.rn.f16x2.f32"
+    hint, policy = _hint(unwrap(HINTS)[2])
     lines = [
         "{ .reg .pred p; .reg .b32 t, w, r, h, c, a, s, x, r0, r1, r2, r3; .reg .b64 ty; .reg .f32 f0, f1;",
         f"mov.u32 t, %tid.x; and.b32 s, t, 127; setp.eq.u32 p, s, 0; mov.u32 a, global_smem; add.u32 s, a, {offset};",
@@ -205,7 +215,7 @@ def store_block(accs, BLOCK, CHUNKS, Y_TOKENS, y_offset, row, token, bias, WG, D
                 lines.append(f"{convert} r{i}, {high}, {low};")
             lines.append(f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [a+{(j - first // 8) * 1024}], {{r0, r1, r2, r3}};")
         lines.append(f"fence.proxy.async.shared::cta; bar.sync {barrier}, 128; add.u32 x, {out_token}, {first};")
-        lines.append(f"@p cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [ty, {{{out_row}, x}}], [s];")
+        lines.append(f"@p cp.async.bulk.tensor.2d.global.shared::cta.bulk_group{hint} [ty, {{{out_row}, x}}], [s]{policy};")
         lines.append("@p cp.async.bulk.commit_group;")
     like = part[0]
     extra = [_semantic.splat(_semantic.to_tensor(v), like.shape, like.type.layout) for v in (y_offset, row, token)]

@@ -1,0 +1,22 @@
+"""torch.compile of the dense layer and of the dense model, default mode."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.problems.linear import LinearProblem
+from benchmarks.problems.training import ModelProblem
+from benchmarks.providers import cuda_only
+from benchmarks.providers.cublas import layer
+from benchmarks.timing import Variant
+
+
+def build(problem: LinearProblem | ModelProblem, impl: str) -> list[Variant]:
+    cuda_only(problem, "torch.compile (here)")
+    torch._dynamo.reset()  # every case is a new program; without it the recompilation limit falls back to eager
+    if isinstance(problem, ModelProblem):
+        return [problem.variant(lambda model: torch.compile(model, dynamic=False), "dense, compiled, ")]
+    apply = torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False)
+    calls = [layer(s, apply) for s in problem.inputs]
+    return [Variant(calls, lambda out: dict(zip(("y", "dx", "dw_dense"), out, strict=True)))]

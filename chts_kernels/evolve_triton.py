@@ -1,0 +1,145 @@
+"""The whole topology update of a batch of layers of one shape, in about a dozen launches and no host synchronisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .format import SparseWeight
+from .ops._batch import on_device, table
+from .ops.carry_over.triton_carry_over import bits
+from .ops.regrow.triton_regrow import regrow_many
+from .ops.remove.triton_remove import block_masks, remove_many
+from .ops.score.triton_score import score_many, workspace_bytes
+from .patterns import pattern_table
+
+WORKSPACE_BYTES = 192 << 20
+"""Layers of one shape are batched up to this much memory (one layer at least)."""
+PARTIALS = 64
+
+
+@triton.jit
+def moments_kernel(
+    scores_ptr, survivors_ptr, ids_ptr, mask16_ptr, partials_ptr, block_columns, blocks,
+    PATTERNS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Sums of scores and squared scores over the links of ``ids`` and over the survivors, in float64."""
+    b = tl.program_id(1)
+    base = b.to(tl.int64) * blocks
+    before = tl.zeros([BLOCKS], tl.float64)
+    before2, after, after2 = before, before, before
+    start = tl.program_id(0) * BLOCKS
+    while start < blocks:
+        block = start + tl.arange(0, BLOCKS)
+        valid = block < blocks
+        links = block_masks(ids_ptr + base, mask16_ptr, block, valid, PATTERNS)
+        kept = tl.load(survivors_ptr + base + block, mask=valid, other=0)
+        i, j = block // block_columns, block % block_columns
+        for r in tl.static_range(4):
+            place = scores_ptr + (base * 4 + (i * 4 + r).to(tl.int64) * block_columns + j) * 4
+            for c in tl.static_range(4):
+                score = tl.load(place + c, mask=valid, other=0.0).to(tl.float64)
+                old = tl.where((links >> (4 * r + c) & 1) != 0, score, 0.0)
+                new = tl.where((kept >> (4 * r + c) & 1) != 0, score, 0.0)
+                before += old
+                before2 += old * old
+                after += new
+                after2 += new * new
+        start += tl.num_programs(0) * BLOCKS
+    out_ptr = partials_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * 4
+    tl.store(out_ptr, tl.sum(before))
+    tl.store(out_ptr + 1, tl.sum(before2))
+    tl.store(out_ptr + 2, tl.sum(after))
+    tl.store(out_ptr + 3, tl.sum(after2))
+
+
+def batches(weights: Sequence[SparseWeight], moments: Sequence[Sequence[torch.Tensor]]) -> list[list[int]]:
+    """Indices of weights that can share launches and fit :data:`WORKSPACE_BYTES`."""
+    groups: dict[tuple, list[int]] = {}
+    for index, w in enumerate(weights):
+        key = (w.shape, w.n, w.values.dtype, w.values.device, tuple(bits(m) for m in moments[index]))
+        groups.setdefault(key, []).append(index)
+    chunks = []
+    for (shape, n, *_), members in groups.items():
+        links = shape[0] * shape[1] * n // 4
+        size = max(1, WORKSPACE_BYTES // max(workspace_bytes(*shape), 8 * links))
+        chunks += [members[start : start + size] for start in range(0, len(members), size)]
+    return chunks
+
+
+def evolve_batch(
+    weights: Sequence[SparseWeight],
+    layers: Sequence[int],
+    moments: Sequence[Sequence[torch.Tensor]],
+    *,
+    zeta: float,
+    temperature: float,
+    removal: str,
+    regrowth: str,
+    seed: int,
+    step: int,
+    stats: bool,
+    schedule: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor] | None]:
+    """(old ids [B, ..], survivors [B, ..], stats with [B] tensors) of layers of one shape; ids, values, moments in place."""
+    first = weights[0]
+    n, device = first.n, first.device
+    values, ids = [w.values.detach() for w in weights], [w.ids for w in weights]
+    with on_device(first.ids):
+        rows = [[v.data_ptr() for v in values], [i.data_ptr() for i in ids], list(layers)]
+        rows += [[m[index].data_ptr() for m in moments] for index in range(len(moments[0]))]
+        pointers = table(rows, device)
+        survivors = remove_many(
+            values, ids, n, zeta, temperature, removal, seed, layers, step, schedule=schedule, pointers=pointers
+        )
+        scores = score_many(survivors) if regrowth != "random" or stats else None
+        old_ids, counters = regrow_many(
+            scores, survivors, n, regrowth, seed, pointers, step,
+            sizes=[bits(values[0]), *(bits(m) for m in moments[0])], in_place=True, stats=stats, schedule=schedule,
+        )  # fmt: skip
+        for w, of_weight in zip(weights, moments, strict=True):
+            for tensor in (w.ids, w.values, *of_weight):
+                torch.autograd.graph.increment_version(tensor)
+        if not stats:
+            return old_ids, survivors, None
+        links = values[0].numel()
+        removed = int(zeta * links) if schedule is None else (schedule[0] * links).floor()
+        figures = _stats(scores, survivors, old_ids, counters, n, links - removed)
+    return old_ids, survivors, figures
+
+
+def _stats(
+    scores: torch.Tensor,
+    survivors: torch.Tensor,
+    old_ids: torch.Tensor,
+    counters: torch.Tensor,
+    n: int,
+    kept: int | torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The figures of :func:`chts_kernels.evolve.evolution_stats`, [B] each."""
+    device = survivors.device
+    layers, block_rows, block_columns = survivors.shape
+    blocks = block_rows * block_columns
+    patterns = pattern_table(n)
+    partials = torch.empty(layers, PARTIALS, 4, dtype=torch.float64, device=device)
+    moments_kernel[(PARTIALS, layers)](
+        scores, survivors, old_ids, patterns.tensor("mask16", device), partials, block_columns, blocks,
+        PATTERNS=len(patterns), BLOCKS=128, num_warps=4,
+    )  # fmt: skip
+    before, before2, after, after2 = partials.sum(1).unbind(1)
+    links = blocks * 4 * n
+    choice, replaced, noise_changed, _ = counters.double().unbind(1)
+    mean, mean_kept = before / links, after / kept
+    return {
+        "can_change_blocks": choice,
+        "replaced": replaced,
+        "turnover": replaced / links,
+        "noise_changed_blocks": noise_changed / blocks,
+        "score_mean": mean,
+        "score_var": before2 / links - mean * mean,
+        "score_mean_survivors": mean_kept,
+        "score_var_survivors": after2 / kept - mean_kept * mean_kept,
+    }

@@ -1,0 +1,247 @@
+"""regrow on a GPU: most blocks have no choice, so list the ones that have and search only those.
+
+1. ``list``: look every block's survivors up in a table of 65536 entries: the lowest pattern that contains them, and whether
+   there is another. The first is the answer where there is no other (90 % of the blocks at zeta = 0.1); the rest go on a list.
+2. ``select``: one thread per listed block: 16 scores times their noise, all patterns that contain the survivors, the largest
+   sum in the order of :func:`chts_kernels.ops.prune.reference.best_pattern`. In a whole update the same thread then moves
+   the block's values and moments.
+
+Bytes: survivors and ids of all blocks, scores of the listed ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from ... import rng_triton as noise
+from ...patterns import BLOCK, pattern_table
+from .._batch import check_noise, on_device, table
+from ..carry_over.triton_carry_over import move_block
+
+TILE = 512
+PROGRAMS = 1024  # of select, over all layers
+COUNTERS = tl.constexpr(4)
+LISTED, REPLACED, NOISE_CHANGED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SOFT, GREEDY, RANDOM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+MODES = {"soft": 0, "greedy": 1, "random": 2}
+
+
+def _rows_of(n: int) -> tuple[int, ...]:
+    """Per pattern and row the number of the row's choice of columns, choices in lexicographic order of the columns."""
+    choices = list(itertools.combinations(range(BLOCK), n))
+    return tuple(choices.index(tuple(row)) for pattern in pattern_table(n).columns.tolist() for row in pattern)
+
+
+MASKS1 = tl.constexpr(tuple(int(m) for m in pattern_table(1).mask16))
+MASKS2 = tl.constexpr(tuple(int(m) for m in pattern_table(2).mask16))
+ROWS1, ROWS2 = tl.constexpr(_rows_of(1)), tl.constexpr(_rows_of(2))
+
+
+@functools.cache
+def completion_table(n: int, device: torch.device) -> torch.Tensor:
+    """int16 [65536]: the lowest id that contains the links of a mask, + 256 where more than one does."""
+    patterns = pattern_table(n)
+    masks = np.arange(1 << 16)
+    first = np.zeros(1 << 16, dtype=np.int16)
+    for index in reversed(range(len(patterns))):
+        first[(masks & ~int(patterns.mask16[index])) == 0] = index
+    packed = torch.from_numpy(first + 256 * (patterns.completions > 1).astype(np.int16))
+    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.inference_mode(False):
+        return packed.to(device)
+
+
+@triton.jit
+def list_kernel(
+    survivors_ptr, completion_ptr, table_ptr, ids_ptr, list_ptr, counters_ptr, blocks, layers,
+    COPY_IDS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Ids of blocks without choice, the list of the others. COPY_IDS: ``ids`` receives the old ids of the table's layers
+    instead (a block without choice keeps the id it has)."""
+    b = tl.program_id(1)
+    base = b.to(tl.int64) * blocks
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    valid = block < blocks
+    links = tl.load(survivors_ptr + base + block, mask=valid, other=0)
+    entry = tl.load(completion_ptr + (links & 0xFFFF), mask=valid, other=0).to(tl.int32)
+    if COPY_IDS:
+        old_ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
+        tl.store(ids_ptr + base + block, tl.load(old_ids_ptr + block, mask=valid, other=0), mask=valid)
+    else:
+        tl.store(ids_ptr + base + block, entry.to(tl.uint8), mask=valid)
+    open_ = entry >> 8
+    found = tl.sum(open_)
+    if found > 0:
+        place = tl.atomic_add(counters_ptr + b * COUNTERS + LISTED, found, sem="relaxed") + tl.cumsum(open_, 0) - open_
+        tl.store(list_ptr + base + place, block, mask=open_ > 0)
+
+
+@triton.jit
+def row_sums(a, b, c, d, N_LINKS: tl.constexpr):
+    """The sums of every choice of columns, choices in lexicographic order."""
+    if N_LINKS == 1:
+        return (a, b, c, d)
+    else:
+        return (a + b, a + c, a + d, b + c, b + d, c + d)
+
+
+@triton.jit
+def best_pattern(rows, links, N_LINKS: tl.constexpr):
+    """Id of the largest sum among the patterns that contain ``links``; the lowest id wins a tie."""
+    best = tl.full(links.shape, float("-inf"), rows[0][0].dtype)
+    best_id = links & 0
+    PATTERNS: tl.constexpr = 90 if N_LINKS == 2 else 24
+    for p in tl.static_range(PATTERNS):
+        if N_LINKS == 2:
+            total = (rows[0][ROWS2[4 * p]] + rows[1][ROWS2[4 * p + 1]]) + (rows[2][ROWS2[4 * p + 2]] + rows[3][ROWS2[4 * p + 3]])
+            missing = links & (0xFFFF ^ MASKS2[p])
+        else:
+            total = (rows[0][ROWS1[4 * p]] + rows[1][ROWS1[4 * p + 1]]) + (rows[2][ROWS1[4 * p + 2]] + rows[3][ROWS1[4 * p + 3]])
+            missing = links & (0xFFFF ^ MASKS1[p])
+        better = (missing == 0) & (total > best)
+        best = tl.where(better, total, best)
+        best_id = tl.where(better, p, best_id)
+    return best_id
+
+
+@triton.jit
+def bit_count(x):
+    x = (x & 0x5555) + (x >> 1 & 0x5555)
+    x = (x & 0x3333) + (x >> 2 & 0x3333)
+    x = (x & 0x0F0F) + (x >> 4 & 0x0F0F)
+    return (x & 0xFF) + (x >> 8)
+
+
+@triton.jit
+def select_kernel(
+    scores_ptr, survivors_ptr, table_ptr, ids_ptr, list_ptr, counters_ptr, mask16_ptr, schedule_ptr,
+    step: tl.int64, key0: tl.int64, key1: tl.int64, block_columns, blocks, layers,
+    N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, MODE: tl.constexpr, SIZES: tl.constexpr, IN_PLACE: tl.constexpr,
+    STATS: tl.constexpr, FROM_DEVICE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """The best pattern of every listed block. IN_PLACE: written to the table's ids (``ids`` holds the old ones), and the
+    block's link data, tensors 3 and up of the table with SIZES bits each, are moved."""
+    b = tl.program_id(1)
+    base = b.to(tl.int64) * blocks
+    if FROM_DEVICE:
+        step = tl.load(schedule_ptr + 2).to(tl.int64)
+    layer = tl.load(table_ptr + 2 * layers + b)
+    count = tl.load(counters_ptr + b * COUNTERS + LISTED)
+    replaced = 0
+    noise_changed = 0
+    start = tl.program_id(0) * BLOCKS
+    while start < count:
+        valid = start + tl.arange(0, BLOCKS) < count
+        block = tl.load(list_ptr + base + start + tl.arange(0, BLOCKS), mask=valid, other=0)
+        links = tl.load(survivors_ptr + base + block, mask=valid, other=0)
+        i, j = block // block_columns, block % block_columns
+        rows = ()
+        plain = ()
+        for r in tl.static_range(4):
+            group = (i * 4 + r).to(tl.int64) * block_columns + j
+            if MODE != RANDOM or STATS:
+                place = scores_ptr + (base * 4 + group) * 4
+                s0, s1 = tl.load(place, mask=valid, other=0.0), tl.load(place + 1, mask=valid, other=0.0)
+                s2, s3 = tl.load(place + 2, mask=valid, other=0.0), tl.load(place + 3, mask=valid, other=0.0)
+                if STATS:
+                    plain = plain + (row_sums(s0, s1, s2, s3, N_LINKS),)
+            if MODE != GREEDY:
+                w0, w1, w2, w3 = noise.random_words(group.to(tl.uint32), layer, step, noise.REGROW, key0, key1)
+                u0, u1, u2, u3 = noise.uniform(w0), noise.uniform(w1), noise.uniform(w2), noise.uniform(w3)
+                if MODE == SOFT:
+                    s0, s1, s2, s3 = s0 * u0, s1 * u1, s2 * u2, s3 * u3
+                else:
+                    s0, s1, s2, s3 = u0, u1, u2, u3
+            rows = rows + (row_sums(s0, s1, s2, s3, N_LINKS),)
+        new = best_pattern(rows, links, N_LINKS)
+        if STATS:
+            noise_changed += tl.sum((valid & (new != best_pattern(plain, links, N_LINKS))).to(tl.int32))
+        if IN_PLACE:
+            old = tl.load(ids_ptr + base + block, mask=valid, other=0).to(tl.int32)
+            changed = valid & (old != new)
+            new_ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
+            tl.store(new_ids_ptr + block, new.to(tl.uint8), mask=changed)
+            old_mask = tl.load(mask16_ptr + old, mask=changed & (old < PATTERNS), other=0)
+            new_mask = tl.load(mask16_ptr + new, mask=changed, other=0)
+            replaced += tl.sum(bit_count(new_mask & ~old_mask))
+            for index in tl.static_range(len(SIZES)):
+                # Values are row 0 of the table; rows 1 and 2 hold ids and layer numbers.
+                base_ptr = tl.load(table_ptr + (0 if index == 0 else index + 2) * layers + b)
+                base_ptr = base_ptr.to(tl.pointer_type(tl.core.get_int_dtype(SIZES[index], True)))
+                move_block(base_ptr, i, j, block_columns, old_mask, new_mask, changed, N_LINKS)
+        else:
+            tl.store(ids_ptr + base + block, new.to(tl.uint8), mask=valid)
+        start += tl.num_programs(0) * BLOCKS
+    if IN_PLACE:
+        tl.atomic_add(counters_ptr + b * COUNTERS + REPLACED, replaced, sem="relaxed")
+    if STATS:
+        tl.atomic_add(counters_ptr + b * COUNTERS + NOISE_CHANGED, noise_changed, sem="relaxed")
+
+
+def regrow_many(
+    scores: torch.Tensor | None,
+    survivors: torch.Tensor,
+    n: int,
+    mode: str,
+    seed: int,
+    pointers: torch.Tensor,
+    step: int,
+    *,
+    sizes: Sequence[int] = (),
+    in_place: bool = False,
+    stats: bool = False,
+    schedule: torch.Tensor | None = None,
+    block: int = 128,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, counters) of B layers of one shape.
+
+    Args:
+        scores: [B, N, K], or None in mode "random"; survivors: int32 [B, N/4, K/4]; both contiguous.
+        pointers: int64 [>= 3, B]; row 2 holds the layer numbers. With ``in_place`` rows 0 and 1 hold the addresses of values
+            and ids, further rows those of moments.
+        sizes: with ``in_place``, bits per element of the values and of every moment.
+        in_place: update ids, values and moments behind ``pointers``; the ids returned are then the old ones.
+        stats: also search without noise and count the blocks that differ.
+        schedule: float64 device tensor (zeta, temperature, step) that overrides ``step``.
+
+    Returns:
+        ids: uint8 [B, N/4, K/4]. counters: int32 [B, 4]: blocks with a choice, links that are new (``in_place``), blocks that
+        the noise changed (``stats``), 0.
+    """
+    device = survivors.device
+    layers, block_rows, block_columns = survivors.shape
+    blocks = block_rows * block_columns
+    patterns = pattern_table(n)
+    ids = torch.empty(survivors.shape, dtype=torch.uint8, device=device)
+    listed = torch.empty(survivors.shape, dtype=torch.int32, device=device)
+    counters = torch.zeros(layers, COUNTERS.value, dtype=torch.int32, device=device)
+    list_kernel[(triton.cdiv(blocks, TILE), layers)](
+        survivors, completion_table(n, device), pointers, ids, listed, counters, blocks, layers,
+        COPY_IDS=in_place, BLOCKS=TILE, num_warps=4,
+    )  # fmt: skip
+    programs = max(1, min(triton.cdiv(blocks, block), PROGRAMS // layers))
+    select_kernel[(programs, layers)](
+        counters if scores is None else scores, survivors, pointers, ids, listed, counters, patterns.tensor("mask16", device),
+        pointers if schedule is None else schedule, step, seed & 0xFFFFFFFF, seed >> 32, block_columns, blocks, layers,
+        N_LINKS=n, PATTERNS=len(patterns), MODE=MODES[mode], SIZES=tuple(sizes), IN_PLACE=in_place,
+        STATS=stats and mode != "greedy", FROM_DEVICE=schedule is not None, BLOCKS=block, num_warps=max(1, block // 32),
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return ids, counters
+
+
+def regrow(
+    scores: torch.Tensor | None, survivors: torch.Tensor, n: int, mode: str, seed: int, layer: int, step: int
+) -> torch.Tensor:
+    """The op: a batch of one."""
+    check_noise(seed, [layer], step)
+    with on_device(survivors):
+        pointers = table([[0], [0], [layer]], survivors.device)
+        scores = None if scores is None else scores.contiguous()[None]
+        return regrow_many(scores, survivors.contiguous()[None], n, mode, seed, pointers, step)[0][0]

@@ -1,0 +1,322 @@
+"""The training loop: one run of one config in one run folder.
+
+::
+
+    trainer = Trainer(preset("tiny"), new_run("mine"))      # or Trainer.resume("runs/mine")
+    outcome = trainer.train()
+
+What a run computes is decided by its :class:`RunConfig` alone; :class:`Settings` say where it runs and what it
+writes. On the CPU a resumed run gives the same bits as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import FOLDER, find_checkpoint, read_checkpoint, restore, save_checkpoint
+from .configs import RunConfig
+from .interrupt import GracefulStop
+from .linear import sparsify_
+from .methods import attach_method, get_method
+from .metrics import METRICS, UPDATES, MetricsLog, update_summary
+from .optim import make_optimizer, make_scheduler
+from .progress import Progress
+from .report import spell, summarise
+from .run_state import Counters, Outcome
+from .runs import RunError, RunLock, write_config
+from .settings import Settings, resolve_device, resolve_precision
+from .tasks import evaluate, make_task
+from .topology import TopologySchedule
+
+FINAL_EVAL_FACTOR = 20
+"""The last evaluation takes up to this many times ``eval_tokens``: the figure that is reported deserves the time."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the last checkpoint is intact."""
+
+
+class Trainer:
+    """Trains one model by one method and writes a run folder.
+
+    Args:
+        config: what to compute; it is fitted to its data.
+        run: an existing folder for the results (see :func:`chts_train.runs.new_run`).
+        settings: default :class:`Settings`.
+        weights: start from these dense weights (the plain model's state_dict) instead of random ones; the dense and the
+            pruned model are then evaluated first.
+        origin: JSON-able facts kept in every checkpoint, such as where ``weights`` came from.
+
+    After :meth:`train`, ``model`` holds the trained model; :mod:`chts_train.report` puts it all in words.
+
+    Raises:
+        ValueError: config, data or weights do not fit each other; the message names what does not.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run: str | Path,
+        settings: Settings | None = None,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+        origin: Mapping[str, Any] | None = None,
+    ) -> None:
+        data = config.load_data()
+        self._build(config.fit(data), data, run, settings, origin or {}, weights)
+
+    @classmethod
+    def resume(cls, path: str | Path, settings: Settings | None = None, *, run: str | Path | None = None) -> Trainer:
+        """Continue a run from its latest checkpoint, or any checkpoint in the new folder ``run``.
+
+        Raises:
+            CheckpointError: there is nothing usable, or it does not fit the data that is there now.
+            RunError: a checkpoint that is not its run's latest is given without ``run``: going on in place would
+                overwrite what came after it.
+        """
+        checkpoint = read_checkpoint(path)
+        if "run" not in checkpoint.config:
+            raise RunError(f"{checkpoint.path}: must be a checkpoint of a training run, got another program's")
+        home = checkpoint.path.parent.parent
+        if run is None:
+            inside = checkpoint.path.parent.name == FOLDER
+            if not inside or find_checkpoint(home) != checkpoint.path:
+                found = f"the latest is {find_checkpoint(home).name}" if inside else "it is in no run folder"
+                raise RunError(
+                    f"{checkpoint.path}: must be its run's latest checkpoint ({found}); give --out to branch off"
+                )
+        config = RunConfig.from_dict(checkpoint.config["run"])
+        self = cls.__new__(cls)
+        self._build(config, config.load_data(), run or home, settings, checkpoint.config.get("origin", {}), None)
+        restore(checkpoint, self.model, self.optimizer, self._parts(), rng=True)
+        if run is not None:
+            for log in (self.log, self.update_log):
+                if (home / log.path.name).is_file():
+                    shutil.copyfile(home / log.path.name, log.path)
+        self._saved, self._resumed = (checkpoint.path if run is None else None), checkpoint.path
+        return self
+
+    def _build(
+        self,
+        config: RunConfig,
+        data: Any,
+        run: str | Path,
+        settings: Settings | None,
+        origin: Mapping[str, Any],
+        weights: Mapping[str, Tensor] | None,
+    ) -> None:
+        self.config, self.run, self.settings, self.origin = config, Path(run), settings or Settings(), dict(origin)
+        self.method = get_method(config.method)
+        self.device = resolve_device(self.settings.device)
+        self.precision = resolve_precision(config.precision, self.device)
+        self.task = make_task(config, data)
+        self.batches = self.task.batches()
+        self.baseline = self.task.baseline()
+
+        torch.manual_seed(config.seed)
+        self.model = config.build_model()  # on the CPU: the same initial weights on every device
+        if weights is not None:
+            self.model.load_state_dict(weights)
+        self.model.to(self.device)
+        self.dense_parameters = sum(p.numel() for p in self.model.parameters())
+        self.dense_figures = self.evaluate(config.eval_tokens) if weights is not None else None
+        sparsity = self.method.sparsity_config(config.seed, init=config.init, srste_lambda=config.srste_lambda)
+        self.records = sparsify_(self.model, sparsity) if sparsity else []
+        self.optimizer = make_optimizer(
+            config.optimizer, self.model, **_take(config, "lr", "betas", "eps", "weight_decay")
+        )
+        self.scheduler = make_scheduler(self.optimizer, **_take(config, "total_steps", "warmup_steps", "min_lr_ratio"))
+        self.schedule = TopologySchedule(**_take(config, *(item.name for item in fields(TopologySchedule))))
+        self.evolver = attach_method(self.method, self.model, self.optimizer, self.schedule, config.seed)
+
+        self.counters = Counters()
+        self.log, self.update_log = MetricsLog(self.run / METRICS), MetricsLog(self.run / UPDATES)
+        self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._window = (0, 0.0)  # targets seen and seconds at the last line of the log
+        self._figures: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation and its step
+        self._saved: Path | None = None  # the checkpoint of this very step
+        self._resumed: Path | None = None
+
+    def train(self) -> Outcome:
+        """Train to the end, or to a signal: then the step is finished and a checkpoint saved before this returns.
+
+        Raises:
+            TrainingError: the loss is not finite.
+            RunError: another process trains in the same folder.
+        """
+        counters, total = self.counters, self.config.total_steps
+        progress = Progress(total, counters.step, quiet=self.settings.quiet)
+        with RunLock(self.run), GracefulStop() as stop, progress:
+            self._open_logs(progress)
+            while stop.signal is None:
+                if self._due(self.config.eval_interval) and self._figures[0] != counters.step:
+                    self._evaluate_and_log(stop, progress)
+                if self._due(self.settings.save_interval or self.config.eval_interval):
+                    self._save()
+                if counters.step == total:
+                    break
+                self._train_step()
+                progress.advance(counters.step)
+                if counters.step % self.settings.log_interval == 0 or counters.step == total:
+                    progress.show(self._log_train())
+            saved = self._save()
+            finished = counters.step == total and self._figures[0] == total
+            figures = self._figures[1] if finished else {}
+            if finished:
+                summarise(self, figures)
+        return Outcome(counters.step, finished, 0 if finished else stop.exit_code, saved, figures)
+
+    def evaluate(self, limit: int | None = None, stop: GracefulStop | None = None) -> dict[str, float] | None:
+        """Figures of the model as it is on about ``limit`` held-out targets (images); None when stopped by a signal."""
+        return evaluate(
+            self.task,
+            self.model,
+            device=self.device,
+            autocast=self.autocast,
+            limit=limit,
+            stop=lambda: stop is not None and stop.signal is not None,
+        )
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """bf16 autocast, or nothing for fp32."""
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def _due(self, interval: int) -> bool:
+        step = self.counters.step
+        if step == 0:
+            return self.dense_figures is not None  # re-training starts from figures worth knowing
+        return step % interval == 0 or step == self.config.total_steps
+
+    def _train_step(self) -> None:
+        """One batch: backward over its micro-batches, then the optimizer's step or a topology update."""
+        start = time.monotonic()
+        counters, size = self.counters, self.config.micro_batch
+        inputs, targets = next(self.batches)
+        total = self.task.count(targets)
+        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+            share = self.task.count(y) / total  # so that accumulation changes nothing, also with padding
+            if share == 0:
+                continue
+            with self.autocast():
+                loss = self.model(x.to(self.device), y.to(self.device))
+            (loss * share).backward()
+            self._loss += loss.detach().double() * share
+        counters.step += 1
+        counters.seen += total
+        counters.loss_steps += 1
+        if self.evolver is None or self.evolver.step():
+            self.optimizer.step()
+        else:
+            self._log_update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._saved = None
+        counters.seconds += time.monotonic() - start
+
+    def _log_update(self) -> None:
+        layers = self.evolver.stats()
+        summary = update_summary(layers)
+        self.counters.turnover = summary["turnover"]
+        facts = {"zeta": self.schedule.zeta, "T": self.evolver.temperature}
+        self.log.write("update", self.counters.step, **facts, **summary)
+        self.update_log.write("update", self.counters.step, **facts, layers=layers)
+
+    def _log_train(self) -> dict[str, Any]:
+        self._read_loss()
+        counters, unit = self.counters, self.task.unit
+        loss = counters.loss_sum / counters.loss_steps
+        speed = (counters.seen - self._window[0]) / max(1e-9, counters.seconds - self._window[1])
+        facts: dict[str, Any] = {
+            "loss": loss,
+            **self.task.train_figures(loss),
+            "lr": self._lr(),
+            f"{unit}_per_s": speed,
+        }
+        facts |= {unit: counters.seen, "seconds": round(counters.seconds, 3)}
+        if self.evolver is not None:
+            facts |= {"turnover": counters.turnover, "zeta": self.schedule.zeta, "T": self.evolver.temperature}
+        self._window = (counters.seen, counters.seconds)
+        counters.loss_sum, counters.loss_steps = 0.0, 0
+        return self.log.write("train", counters.step, **facts)
+
+    def _read_loss(self) -> None:
+        """Take the sum of losses from the device, where it grows without waiting, and check it."""
+        start = time.monotonic()
+        loss = self._loss.item()
+        self.counters.seconds += time.monotonic() - start  # a GPU was still training
+        self._loss.zero_()
+        self.counters.loss_sum += loss
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"loss: must be finite, got {loss} at step {self.counters.step}; try a lower --lr than "
+                f"{self.config.lr:g} or a longer --warmup-steps (earlier checkpoints in {self.run} are intact)"
+            )
+
+    def _lr(self) -> float:
+        """The learning rate of the step just finished."""
+        step = self.counters.step
+        rate = self.config.lr * self.scheduler.lr_lambdas[0](step - 1)
+        return rate * self.schedule.lr_scale(step) if self.evolver is not None else rate
+
+    def _evaluate_and_log(self, stop: GracefulStop, progress: Progress) -> None:
+        step, limit = self.counters.step, self.config.eval_tokens
+        if limit is not None and step == self.config.total_steps:
+            limit *= FINAL_EVAL_FACTOR
+        figures = self.evaluate(limit, stop)
+        if figures is not None:
+            self._figures = (step, figures)
+            self.log.write("eval", step, **figures)
+            progress.message(f"step {step}: held-out {spell(figures)}")
+
+    def _save(self) -> Path:
+        """The checkpoint of this step, written unless it is there already."""
+        if self._saved is None:
+            self._read_loss()  # a diverged model never replaces a good one
+            self._saved = save_checkpoint(
+                self.run,
+                step=self.counters.step,
+                config={"run": self.config.to_dict(), "origin": self.origin},
+                model=self.model,
+                optimizer=self.optimizer,
+                parts=self._parts(),
+                keep=self.settings.keep,
+            )
+        return self._saved
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"counters": self.counters, "scheduler": self.scheduler, "batches": self.batches}
+        return parts | ({"evolver": self.evolver} if self.evolver is not None else {})
+
+    def _open_logs(self, progress: Progress) -> None:
+        counters = self.counters
+        self._window = (counters.seen, counters.seconds)
+        write_config(self.run, {"run": self.config.to_dict(), "origin": self.origin})
+        if self._resumed is not None:
+            progress.message(f"resumed from {self._resumed} at step {counters.step:,} of {self.config.total_steps:,}")
+            rows = (
+                [row for row in read_metrics(self.log.path) if row["kind"] == "eval"] if self.log.path.exists() else []
+            )
+            if rows:
+                self._figures = (rows[-1]["step"], {k: v for k, v in rows[-1].items() if k.startswith("val_")})
+            return
+        facts = {"method": self.config.method, "preset": self.config.name, "device": str(self.device)}
+        self.log.write("start", 0, **facts, precision=self.precision, **self.baseline)
+        if self.dense_figures is not None:
+            self.log.write("dense", 0, **self.dense_figures)
+            progress.message(f"dense: held-out {spell(self.dense_figures)}")
+
+
+def _take(config: RunConfig, *names: str) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in names}
