@@ -68,7 +68,7 @@ class CpuTimer:
 
     bursts = False
 
-    def prepare(self, variant: Variant) -> Prepared:
+    def prepare(self, variant: Variant, calls: int | None = None) -> Prepared:
         seconds = []
         for call in variant.calls:
             start = time.perf_counter()
@@ -114,31 +114,38 @@ class CudaTimer:
 
     bursts = True
 
-    def prepare(self, variant: Variant) -> Prepared:
-        """Capture enough calls to fill :data:`GRAPH_MS`; a variant that cannot be captured is timed call by call."""
-        remarks = []
+    def __init__(self) -> None:
+        self._side = torch.cuda.Stream()  # one for all captures: libraries keep a workspace for every stream they see
+
+    def prepare(self, variant: Variant, calls: int | None = None) -> Prepared:
+        """Capture enough calls to fill :data:`GRAPH_MS`, or about ``calls`` of them.
+
+        A variant that cannot be captured is timed call by call, and the remark says why.
+        """
+        remarks, sets = [], len(variant.calls)
         if variant.capture:
             try:
-                prepared = self._capture(variant, len(variant.calls))
-                ms = self._time(prepared, 3)
-                wanted = min(GRAPH_CALLS, max(1, round(GRAPH_MS / max(ms, 1e-4))))
-                if wanted >= 2 * prepared.calls:
-                    prepared = self._capture(variant, -(-wanted // len(variant.calls)) * len(variant.calls))
-                    ms = self._time(prepared, 3)
-                prepared.ms = ms
+                prepared = self._capture(variant, -(-(calls or 1) // sets) * sets)
+                prepared.ms = self._time(prepared, 3)
+                wanted = min(GRAPH_CALLS, max(1, round(GRAPH_MS / max(prepared.ms, 1e-4))))
+                if calls is None and wanted >= 2 * sets:
+                    prepared = self._capture(variant, -(-wanted // sets) * sets)
+                    prepared.ms = self._time(prepared, 3)
                 return prepared
             except Exception as error:
                 self.synchronize()  # raises when the device is lost: then this is no question of capturing
                 remarks.append(f"not captured in a graph ({_first_line(error)})")
         else:
             remarks.append("not captured in a graph")
-        kept: deque[Any] = deque(maxlen=len(variant.calls))
+        kept: deque[Any] = deque(maxlen=sets)
+        count = -(-(calls or 1) // sets)
 
         def run() -> None:
-            for call in variant.calls:
-                kept.append(call())
+            for _ in range(count):
+                for call in variant.calls:
+                    kept.append(call())
 
-        prepared = Prepared(run, len(variant.calls), 0.0, kept, remarks)
+        prepared = Prepared(run, count * sets, 0.0, kept, remarks)
         run()
         prepared.ms = self._time(prepared, 2)
         return prepared
@@ -151,7 +158,7 @@ class CudaTimer:
 
     def _capture(self, variant: Variant, count: int) -> Prepared:
         sets = len(variant.calls)
-        side = torch.cuda.Stream()
+        side = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # warm up where capturing happens: lazy initialisation must not be captured
             for _ in range(2):

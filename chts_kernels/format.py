@@ -7,9 +7,9 @@ for a kernel lives in :class:`Operands`, is refreshed in place when values or id
 from __future__ import annotations
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import check, rng
+from .freshness import Freshness
 from .ops.pack import PACK_OPERANDS_, empty_operands, pack, unpack
 from .ops.pack.reference import transpose_values
 from .ops.prune import prune
@@ -149,22 +149,20 @@ class Operands:
     """Operands of the sparse tensor cores, derived from values and ids and kept fresh in place.
 
     In place, so that a captured CUDA graph goes on reading the right memory after an optimizer step or a topology update.
-    Staleness is judged by the identity of the tensors' storages and by their version counters, which every in-place
-    operation of torch advances; writing through ``.data`` or from a foreign kernel does not, and calls for
-    :meth:`invalidate`.
+    What counts as a change is in :mod:`chts_kernels.freshness`: every in-place operation of torch and every optimizer
+    step. Writing through ``.data`` or from a foreign kernel calls for :meth:`invalidate`.
     """
 
-    __slots__ = ("_key", "_shared", "_storages", "meta", "meta_t", "values", "values_t")
+    __slots__ = ("_freshness", "_shared", "meta", "meta_t", "values", "values_t")
 
     def __init__(self) -> None:
-        self.invalidate()
+        self._freshness = Freshness()
         self.values = self.meta = self.values_t = self.meta_t = None
         self._shared = False
 
     def invalidate(self) -> None:
-        """Have the next :meth:`refresh` pack again, whatever the version counters say."""
-        self._key: object = None
-        self._storages: tuple[StorageWeakRef, ...] = ()
+        """Have the next :meth:`refresh` pack again."""
+        self._freshness.invalidate()
 
     @property
     def nbytes(self) -> int:
@@ -172,10 +170,7 @@ class Operands:
 
     def refresh(self, values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype) -> None:
         """Pack again if ``values``, ``ids`` or ``dtype`` are not those of the last time."""
-        key = (*_identity(values), *_identity(ids), dtype)
-        # Inside a capture the packing has to be part of the graph: a replay cannot look at version counters.
-        capturing = values.is_cuda and torch.cuda.is_current_stream_capturing()
-        if key == self._key and None not in key and not capturing:
+        if self._freshness.holds((values, ids), dtype):
             return
         shape = ids.shape[0] * BLOCK, ids.shape[1] * BLOCK
         meta = self.meta
@@ -192,22 +187,13 @@ class Operands:
                 self.values = self.values_t.new_empty(shape[0], shape[1] // 2)
                 self._shared = False
             PACK_OPERANDS_(values, ids, n, self.values, self.meta, self.values_t, self.meta_t)
-        self._key = key
-        # Data addresses come back: a tensor that replaces a freed one often gets its memory, with the same version. The
-        # storage's own address cannot, while a weak reference is held.
-        self._storages = StorageWeakRef(values.untyped_storage()), StorageWeakRef(ids.untyped_storage())
+        self._freshness.mark((values, ids), dtype)
 
     def __deepcopy__(self, memo: dict) -> Operands:
         return Operands()
 
     def __reduce__(self) -> tuple:
         return Operands, ()
-
-
-def _identity(tensor: torch.Tensor) -> tuple[int | None, int, int]:
-    """What changes when the tensor's numbers do; None where torch keeps no version."""
-    version = None if tensor.is_inference() else tensor._version
-    return version, tensor.untyped_storage()._cdata, tensor.data_ptr()
 
 
 def random_ids(

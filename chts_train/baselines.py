@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from chts_kernels import prune, unpack
+from chts_kernels.freshness import Freshness
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -53,7 +54,7 @@ class STELinear(nn.Linear):
     def _configure(self, n: int, srste_lambda: float) -> None:
         self.n, self.srste_lambda = n, srste_lambda
         self._mask: torch.Tensor | None = None
-        self._mask_version: object = None
+        self._freshness = Freshness()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, n: int = 2, *, srste_lambda: float = 0.0) -> STELinear:
@@ -79,11 +80,11 @@ class STELinear(nn.Linear):
 
         Kept until the weight changes, so that micro-batches of one optimizer step search once.
         """
-        version = (self.weight._version, self.weight.data_ptr(), self.weight.dtype)
-        if self._mask is None or self._mask_version != version:
+        if self._mask is None or not self._freshness.holds((self.weight,), self.weight.dtype):
             ids = prune(self.weight, self.n)
             ones = self.weight.new_ones(self.out_features, self.in_features * self.n // 4)
-            self._mask, self._mask_version = unpack(ones, ids, self.n), version
+            self._mask = unpack(ones, ids, self.n)
+            self._freshness.mark((self.weight,), self.weight.dtype)
         return self._mask
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -101,7 +102,11 @@ class STELinear(nn.Linear):
         return f"{super().extra_repr()}, n={self.n}, srste_lambda={self.srste_lambda:g}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_mask": None, "_mask_version": None}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_mask", "_freshness")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mask, self._freshness = None, Freshness()
 
 
 def attach_srste_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:

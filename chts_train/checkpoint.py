@@ -232,14 +232,15 @@ def read_checkpoint(path: str | Path, training: bool = True) -> Checkpoint:
 
 def read_header(folder: Path) -> dict[str, Any]:
     """The checked ``checkpoint.json`` of a checkpoint folder (format, schema, fields; not the tensors)."""
-    file = Path(folder) / HEADER
+    folder = Path(folder)
+    file = folder / HEADER
     try:
         header = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(file, "exist", f"no such file{_others(file.parent.parent)}") from None
+        raise CheckpointError(file, "exist", f"no such file{_others(folder.parent, folder)}") from None
     except ValueError as error:
         size = file.stat().st_size
-        rule = f"be complete JSON{_others(file.parent.parent)}"
+        rule = f"be complete JSON{_others(folder.parent, folder)}"
         raise CheckpointError(file, rule, f"{size} bytes: {error}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         found = header.get("format") if isinstance(header, dict) else type(header).__name__
@@ -316,6 +317,8 @@ def _read_tensors(folder: Path, name: str, header: dict[str, Any]) -> dict[str, 
         raise CheckpointError(file, rule, f"{digest[:16]}... (altered)")
     try:
         return load_tensors(file, facts.get("aliases"))
+    except ImportError:
+        raise
     except Exception as error:  # safetensors raises its own type, not exported in all versions
         raise CheckpointError(file, f"be a safetensors file{hint}", error) from None
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from chts_train.models import Llama, LlamaConfig, ViT, ViTConfig
+from .models import Llama, LlamaConfig, ViT, ViTConfig
 
 if TYPE_CHECKING:
-    from chts_train.data import ImageData, TextData
+    from .data import ImageData, TextData
 
 TASKS = ("text", "image")
 OPTIMIZERS = ("adam", "adamw", "sgd")
@@ -65,6 +65,7 @@ class RunConfig:
     lr, min_lr_ratio, warmup_steps: linear warm-up to lr, then cosine to min_lr_ratio * lr at the end.
     optimizer, betas, eps, weight_decay: "adam", "adamw" or "sgd".
     precision: "fp32", "bf16" (autocast over fp32 masters), or "auto": bf16 on a GPU that has it, else fp32.
+    impl: implementation of the sparse layers: "auto", "reference" or a kernel's name (``chts info`` lists them).
     seed: initial weights, batches and topology.
     eval_interval: steps between evaluations. eval_tokens: targets (images: images) of one evaluation, None for all.
     zeta, interval, t_start, t_end, stop_fraction, lr_ramp_steps: of the TopologySchedule; only for methods that evolve.
@@ -94,6 +95,7 @@ class RunConfig:
     weight_decay: float = 0.0
 
     precision: str = "auto"
+    impl: str = "auto"
     seed: int = 0
     eval_interval: int = 500
     eval_tokens: int | None = None
@@ -134,6 +136,7 @@ class RunConfig:
             "eps": (self.eps > 0, "positive"),
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
             "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
+            "impl": (bool(self.impl), "an implementation's name"),
             "seed": (self.seed >= 0, "at least 0"),
             "eval_interval": (self.eval_interval >= 1, "at least 1"),
             "eval_tokens": (self.eval_tokens is None or self.eval_tokens >= 1, "at least 1 or None"),
@@ -181,7 +184,7 @@ class RunConfig:
 
     def load_data(self) -> TextData | ImageData:
         """Read the data; raises what :func:`chts_train.data.load_text` and ``load_images`` raise."""
-        from chts_train.data import load_images, load_text
+        from .data import load_images, load_text
 
         data = self.data
         if self.task == "image":
@@ -256,9 +259,15 @@ def _spell(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
 
-def _llama(name: str, hidden: int, intermediate: int, layers: int, heads: int, **training: Any) -> RunConfig:
+def _llama(
+    name: str, hidden: int, intermediate: int, layers: int, heads: int, vocab: int = 32000, **training: Any
+) -> RunConfig:
     model = LlamaConfig(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
     )
     return RunConfig(name=name, model=model, **training)
 
@@ -288,7 +297,7 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
         for config in (
             # Bytes of the standard library on 2 CPU cores in a few minutes: short, so it updates every 25 steps.
             _llama(
-                "tiny", 128, 344, 4, 4, seq_len=128, batch_size=16, micro_batch=16, total_steps=600, warmup_steps=60,
+                "tiny", 128, 344, 4, 4, vocab=257, seq_len=128, batch_size=16, micro_batch=16, total_steps=600, warmup_steps=60,
                 lr=3e-3, eval_interval=100, eval_tokens=65_536, interval=25, lr_ramp_steps=3,
             ),
             _llama("20m", 256, 688, 4, 4, eval_tokens=1_000_000),
@@ -296,10 +305,10 @@ PRESETS: Mapping[str, RunConfig] = types.MappingProxyType(
             _llama("130m", 768, 2048, 12, 12, eval_tokens=1_000_000),
             # The lineage's 1B has 5461, which is no multiple of 4: 43 * 128 is the next size that kernels like.
             _llama("1b", 2048, 5504, 24, 32, micro_batch=16, lr=5e-4, eval_tokens=1_000_000),
-            # Digits in about a minute; with other data raise total_steps.
+            # Digits on 2 CPU cores in a few minutes; with other data raise total_steps and augment.
             _vit(
-                "vit-tiny", 192, 3, 0.0, batch_size=32, micro_batch=32, total_steps=200, warmup_steps=20,
-                eval_interval=100, interval=25, lr_ramp_steps=3,
+                "vit-tiny", 192, 3, 0.0, data=DataConfig(spec="digits", val_fraction=0.1), batch_size=32, micro_batch=32,
+                total_steps=400, warmup_steps=40, eval_interval=100, interval=25, lr_ramp_steps=3,
             ),
             _vit("vit-small", 384, 6, 0.1),
             _vit("vit-base", 768, 12, 0.1),

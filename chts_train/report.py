@@ -11,7 +11,7 @@ import torch
 
 from .linear import sparse_layers
 from .progress import count, duration
-from .runs import SUMMARY
+from .runs import SUMMARY, size_of
 from .storage import write_json
 
 if TYPE_CHECKING:
@@ -70,6 +70,18 @@ def summarise(trainer: Trainer, figures: dict[str, float]) -> None:
     write_json(trainer.run / SUMMARY, facts | figures | trainer.baseline)
 
 
+def contents(run: Path) -> list[str]:
+    """What is in a run folder, one line per entry."""
+    lines = []
+    for path in sorted(run.iterdir()):
+        if path.name.startswith("."):
+            continue
+        inside = sorted(p.stem for p in path.glob("[!.]*") if p.suffix == ".png" or p.is_dir()) if path.is_dir() else []
+        name = path.name + "/" * path.is_dir()
+        lines.append(f"  {name:15} {count(size_of(path)):>6}B   {', '.join(inside)}".rstrip())
+    return lines
+
+
 def next_steps(run: Path, *, finished: bool) -> list[str]:
     """The commands that go on from a run folder."""
     name = shlex.quote(str(run))
@@ -82,6 +94,6 @@ def next_steps(run: Path, *, finished: bool) -> list[str]:
     notes = {"resume": "after an interruption: this run is complete" if finished else "goes on where it stopped"}
     width = max(map(len, commands.values()))
     return [
-        f"  {what:9} {command:{width}}" + (f"   ({notes[what]})" if what in notes else "")
+        f"  {what:9} {command:{width}}   {f'({notes[what]})' if what in notes else ''}".rstrip()
         for what, command in commands.items()
     ]

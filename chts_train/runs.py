@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +44,18 @@ def new_run(name: str, out: str | Path | None = None) -> Path:
             number += 1
         else:
             return path
+
+
+@contextlib.contextmanager
+def starting_run(name: str, out: str | Path | None = None) -> Iterator[Path]:
+    """:func:`new_run` around what may still fail: if it does, and nothing was written, the folder goes again."""
+    path = new_run(name, out)
+    try:
+        yield path
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.rmdir()
+        raise
 
 
 class RunLock:

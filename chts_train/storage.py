@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from .extras import require
+
 _TENSOR, _DICT, _TUPLE = "$tensor", "$dict", "$tuple"
 
 
@@ -129,8 +131,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, s
     Returns:
         Alias name -> stored name, for :func:`load_tensors`.
     """
-    from safetensors.torch import save_file
-
+    save_file = require("safetensors.torch", "saving checkpoints").save_file
     stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple, str] = {}
@@ -152,7 +153,6 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, s
 
 def load_tensors(path: Path, aliases: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
     """Read a safetensors file to CPU tensors, with the aliases of :func:`save_tensors` filled in."""
-    from safetensors.torch import load_file
-
+    load_file = require("safetensors.torch", "reading checkpoints").load_file
     tensors = load_file(path)
     return tensors | {name: tensors[target] for name, target in (aliases or {}).items()}

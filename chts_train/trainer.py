@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint import FOLDER, find_checkpoint, read_checkpoint, restore, save_checkpoint
+from .checkpoint_rules import check_fit
 from .configs import RunConfig
+from .extras import require
 from .interrupt import GracefulStop
 from .linear import sparsify_
 from .methods import attach_method, get_method
@@ -115,6 +117,7 @@ class Trainer:
         origin: Mapping[str, Any],
         weights: Mapping[str, Tensor] | None,
     ) -> None:
+        require("safetensors.torch", "saving checkpoints")  # now, not after an hour of training
         self.config, self.run, self.settings, self.origin = config, Path(run), settings or Settings(), dict(origin)
         self.method = get_method(config.method)
         self.device = resolve_device(self.settings.device)
@@ -126,11 +129,14 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = config.build_model()  # on the CPU: the same initial weights on every device
         if weights is not None:
+            check_fit(Path(self.origin.get("dense", "weights")), {}, weights, self.model)
             self.model.load_state_dict(weights)
         self.model.to(self.device)
         self.dense_parameters = sum(p.numel() for p in self.model.parameters())
         self.dense_figures = self.evaluate(config.eval_tokens) if weights is not None else None
-        sparsity = self.method.sparsity_config(config.seed, init=config.init, srste_lambda=config.srste_lambda)
+        sparsity = self.method.sparsity_config(
+            config.seed, init=config.init, srste_lambda=config.srste_lambda, impl=config.impl
+        )
         self.records = sparsify_(self.model, sparsity) if sparsity else []
         self.optimizer = make_optimizer(
             config.optimizer, self.model, **_take(config, "lr", "betas", "eps", "weight_decay")
@@ -163,7 +169,7 @@ class Trainer:
                     self._evaluate_and_log(stop, progress)
                 if self._due(self.settings.save_interval or self.config.eval_interval):
                     self._save()
-                if counters.step == total:
+                if counters.step == total or stop.signal is not None:
                     break
                 self._train_step()
                 progress.advance(counters.step)
@@ -274,6 +280,7 @@ class Trainer:
         step, limit = self.counters.step, self.config.eval_tokens
         if limit is not None and step == self.config.total_steps:
             limit *= FINAL_EVAL_FACTOR
+        self._read_loss()  # waits for the training that a GPU still does, so that its time is counted as such
         figures = self.evaluate(limit, stop)
         if figures is not None:
             self._figures = (step, figures)
@@ -305,9 +312,9 @@ class Trainer:
         write_config(self.run, {"run": self.config.to_dict(), "origin": self.origin})
         if self._resumed is not None:
             progress.message(f"resumed from {self._resumed} at step {counters.step:,} of {self.config.total_steps:,}")
-            rows = (
-                [row for row in read_metrics(self.log.path) if row["kind"] == "eval"] if self.log.path.exists() else []
-            )
+            for log in (self.log, self.update_log):
+                log.truncate(counters.step)
+            rows = [row for row in self.log.read() if row["kind"] == "eval"]
             if rows:
                 self._figures = (rows[-1]["step"], {k: v for k, v in rows[-1].items() if k.startswith("val_")})
             return

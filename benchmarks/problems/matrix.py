@@ -58,10 +58,11 @@ class PruneProblem:
         dense = self.dense[0]
         links = pruned != 0
         gate.equal(torch.where(links, dense, torch.zeros_like(dense)), pruned, "pruned")
+        n = self.case.n
         most = max(int(blocks(links).sum(axis).max()) for axis in (-1, -2))
-        gate.at_most(most, 2, "pruned: links in one row or column of a block")
-        ones = torch.ones(dense.shape[0], dense.shape[1] // 2, device=self.device)
-        mask = unpack(ones, self.best).bool()
+        gate.at_most(most, n, "pruned: links in one row or column of a block")
+        ones = torch.ones(dense.shape[0], dense.shape[1] // 4 * n, device=self.device)
+        mask = unpack(ones, self.best, n).bool()
         kept = blocks(pruned.double().abs()).sum((-1, -2))
         best = blocks(dense.double().abs() * mask).sum((-1, -2))
         share = (kept >= best * (1 - 1e-6)).double().mean()

@@ -7,10 +7,10 @@ from torch import nn
 
 from benchmarks import gate
 from benchmarks.cases import Case
-from benchmarks.problems.matrix import check_operands
+from benchmarks.problems.matrix import blocks, check_operands
 from benchmarks.problems.models import stack
-from chts_kernels import SparseWeight, carry_over_, evolve, random_ids, regrow, remove, score
-from chts_kernels.patterns import pattern_table
+from chts_kernels import SparseWeight, carry_over_, evolve, random_ids, regrow, remove, score, unpack
+from chts_kernels.ops.score.reference import link_mask
 
 ZETA, TEMPERATURE, SEED, STEP = 0.1, 3.0, 0, 100
 MOST_DIFFERENT = 1e-3
@@ -23,8 +23,9 @@ class TopologyProblem:
     """Per set: a weight (float32), its two moments, and what the reference makes of it up to the new ids.
 
     The gate knows ``survivors`` and ``ids`` (bit-equal given equal inputs), ``scores`` (against float64), ``tensors`` (three
-    carried tensors, stacked, bit-equal) and an update's ``update_ids``, ``update_values`` and refreshed operands. Providers with noise of
-    their own give ``free_survivors``, ``free_ids``: checked for being a legal update rather than this one.
+    carried tensors, stacked, bit-equal) and an update's ``update_ids``, ``update_values`` and refreshed operands.
+    Providers with noise of their own give dense ``free_survivors``, ``free_mask``, ``free_weight``: they are checked for
+    being a legal update rather than this one.
     """
 
     def __init__(self, case: Case, device: torch.device, sets: int) -> None:
@@ -79,9 +80,26 @@ class TopologyProblem:
             remark = f"{100 * share:.3g} % of blocks unlike the float64 reference"
         if "meta" in outputs:  # the operands after an update are those of the new ids and values
             check_operands(outputs, outputs["update_values"], outputs["update_ids"], self.n)
-        if "free_ids" in outputs:
-            check_legal(outputs["free_ids"], outputs.get("free_survivors"), self.n)
+        if "free_survivors" in outputs or "free_mask" in outputs:
+            self._check_free(outputs)
         return remark
+
+    def _check_free(self, outputs: dict[str, torch.Tensor]) -> None:
+        links = unpack(torch.ones_like(self.values[0]), self.ids[0], self.n)
+        if "free_survivors" in outputs:
+            survivors = outputs["free_survivors"]
+            gate.at_most(int((survivors > links).sum()), 0, "survivors that were no links")
+            count = int(links.sum()) - int(ZETA * self.values[0].numel())
+            gate.at_most(abs(int(survivors.sum()) - count), 0, f"survivors: deviation from {count}")
+            return
+        mask = outputs["free_mask"]
+        if self.case.op == "regrow":
+            lost = (link_mask(self.survivors[0], torch.float32) > mask).sum()
+            gate.at_most(int(lost), 0, "survivors that the new pattern lacks")
+        check_legal(mask, self.n)
+        if "free_weight" in outputs:
+            kept = unpack(self.values[0], self.ids[0], self.n) * mask
+            gate.equal(outputs["free_weight"], kept, "weight")
 
     def _check_scores(self, scores: torch.Tensor, survivors: torch.Tensor) -> str:
         exact = score(survivors, dtype=torch.float64, impl="reference")
@@ -109,12 +127,12 @@ def check_update(
     return different
 
 
-def check_legal(ids: torch.Tensor, survivors: torch.Tensor | None, n: int) -> None:
-    """Ids of legal patterns that contain the survivors."""
-    gate.at_most(int(ids.max()), len(pattern_table(n)) - 1, "ids: the largest pattern id")
-    if survivors is not None:
-        masks = pattern_table(n).tensor("mask16", ids.device)[ids.long()]
-        gate.at_most(int(((survivors & ~masks) != 0).sum()), 0, "ids: blocks that lost a survivor")
+def check_legal(mask: torch.Tensor, n: int) -> None:
+    """A mask [N, K] with ``n`` ones in every row and column of every block."""
+    by_block = blocks(mask)
+    for axis, name in ((-1, "row"), (-2, "column")):
+        wrong = int((by_block.sum(axis) != n).sum())
+        gate.at_most(wrong, 0, f"mask: {name}s of blocks without exactly {n} links")
 
 
 class ModelUpdateProblem:
@@ -138,14 +156,19 @@ class ModelUpdateProblem:
         return made, [c[1:] for c in copies]
 
     def check(self, outputs: dict[str, torch.Tensor]) -> str | None:
+        if "free_mask" in outputs:
+            check_legal(outputs["free_mask"], 2)
+            kept = unpack(self.tensors[0][0], self.ids[0], 2) * outputs["free_mask"]
+            gate.equal(outputs["free_weight"], kept, "weight")
+            return f"{len(self.ids)} matrices"
         ids, values = outputs["update_ids"], outputs["update_values"]
-        different, start, blocks = 0.0, 0, 0
+        different, start, block = 0.0, 0, 0
         for layer, (old_ids, tensors) in enumerate(zip(self.ids, self.tensors, strict=True)):
             old = tensors[0]
             share = check_update(
-                SparseWeight(old_ids.clone(), old.clone(), 2), [], ids[blocks : blocks + old_ids.numel()].view_as(old_ids),
+                SparseWeight(old_ids.clone(), old.clone(), 2), [], ids[block : block + old_ids.numel()].view_as(old_ids),
                 values[start : start + old.numel()].view_as(old), layer,
             )  # fmt: skip
             different = max(different, share)
-            start, blocks = start + old.numel(), blocks + old_ids.numel()
+            start, block = start + old.numel(), block + old_ids.numel()
         return f"{len(self.ids)} matrices; at most {100 * different:.3g} % of one's blocks unlike the float64 reference"

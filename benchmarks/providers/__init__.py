@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 from benchmarks.cases import Case
 from benchmarks.problems import Problem
@@ -60,6 +61,12 @@ def names(case: Case) -> list[str]:
 
 def builder(name: str) -> Callable[[Problem, str], list[Variant]]:
     return importlib.import_module(f"{__name__}.{MODULES[name]}").build
+
+
+def implementation(op: Any, impl: str, *args: Any) -> str:
+    """The name of the kernel that ``impl`` selects for these arguments of a ``chts`` operation."""
+    run = op.select(impl, *args)
+    return next((kernel.name for kernel in op.kernels if kernel.run is run), "reference")
 
 
 def cuda_only(problem: Problem, what: str) -> None:

@@ -13,7 +13,7 @@ from benchmarks.problems.linear import LinearInputs, LinearProblem
 from benchmarks.problems.matrix import OPERANDS, PackProblem, PruneProblem
 from benchmarks.problems.topology import ModelUpdateProblem, TopologyProblem
 from benchmarks.problems.training import ModelProblem, OptimizerProblem
-from benchmarks.providers import chts_mvue, chts_topology
+from benchmarks.providers import chts_mvue, chts_topology, implementation
 from benchmarks.providers.cublas import no_grad
 from benchmarks.timing import Variant
 from chts_kernels import input_grad, pack, pack_operands_, prune, spmm, weight_grad
@@ -47,12 +47,6 @@ def build(problem: Problem, impl: str) -> list[Variant]:
         return model
 
     return [problem.variant(convert, "2:4, ", impl=impl)]
-
-
-def implementation(op: Op, impl: str, *args: Any) -> str:
-    """The name of what ``impl`` selects for these arguments."""
-    run = op.select(impl, *args)
-    return next((kernel.name for kernel in op.kernels if kernel.run is run), "reference")
 
 
 def _product(problem: LinearProblem, impl: str) -> Variant:

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.problems.matrix import OPERANDS
 from benchmarks.problems.topology import SEED, STEP, TEMPERATURE, ZETA, ModelUpdateProblem, TopologyProblem
+from benchmarks.providers import implementation
 from benchmarks.timing import Variant
 from chts_kernels import carry_over_, evolve, regrow, remove, score
 from chts_kernels.evolve import evolve_many
@@ -34,7 +35,7 @@ def _remove(p: TopologyProblem, impl: str) -> Variant:
     def call(i: int) -> Callable[[], torch.Tensor]:
         return lambda: remove(p.values[i], p.ids[i], p.n, zeta=ZETA, temperature=TEMPERATURE, impl=impl, **NOISE)
 
-    name = _name(REMOVE, impl, p.values[0], p.ids[0], p.n, ZETA, TEMPERATURE, "soft", SEED, 0, STEP)
+    name = implementation(REMOVE, impl, p.values[0], p.ids[0], p.n, ZETA, TEMPERATURE, "soft", SEED, 0, STEP)
     return Variant([call(i) for i in range(p.sets)], lambda out: {"survivors": out}, impl=name)
 
 
@@ -42,7 +43,7 @@ def _score(p: TopologyProblem, impl: str) -> Variant:
     def call(i: int) -> Callable[[], torch.Tensor]:
         return lambda: score(p.survivors[i], impl=impl)
 
-    name = _name(SCORE, impl, p.survivors[0], torch.float32)
+    name = implementation(SCORE, impl, p.survivors[0], torch.float32)
     return Variant([call(i) for i in range(p.sets)], lambda out: {"scores": out}, impl=name)
 
 
@@ -50,7 +51,7 @@ def _regrow(p: TopologyProblem, impl: str) -> Variant:
     def call(i: int) -> Callable[[], torch.Tensor]:
         return lambda: regrow(p.scores[i], p.survivors[i], p.n, impl=impl, **NOISE)
 
-    name = _name(REGROW, impl, p.scores[0], p.survivors[0], p.n, "soft", SEED, 0, STEP)
+    name = implementation(REGROW, impl, p.scores[0], p.survivors[0], p.n, "soft", SEED, 0, STEP)
     return Variant([call(i) for i in range(p.sets)], lambda out: {"ids": out}, impl=name)
 
 
@@ -68,7 +69,7 @@ def _carry_over(p: TopologyProblem, impl: str) -> Variant:
         for mine, original in zip(tensors[0], [p.values[0], *p.moments[0]], strict=True):
             mine.copy_(original)
 
-    name = _name(CARRY_OVER_, impl, tensors[0], p.ids[0], p.new_ids[0], p.n)
+    name = implementation(CARRY_OVER_, impl, tensors[0], p.ids[0], p.new_ids[0], p.n)
     calls = [call(i) for i in range(p.sets)]
     return Variant(calls, lambda out: {"tensors": torch.stack(out)}, impl=name, restore=restore)
 
@@ -100,7 +101,7 @@ def _update(p: TopologyProblem, impl: str) -> Variant:
         for mine, original in zip(moments, p.moments[0], strict=True):
             mine.copy_(original)
 
-    name = _name(REMOVE, impl, p.values[0], p.ids[0], p.n, ZETA, TEMPERATURE, "soft", SEED, 0, STEP)
+    name = implementation(REMOVE, impl, p.values[0], p.ids[0], p.n, ZETA, TEMPERATURE, "soft", SEED, 0, STEP)
     return Variant([call(i) for i in range(p.sets)], canon, impl=name, restore=restore, label="operands included")
 
 
@@ -131,11 +132,5 @@ def _all(p: ModelUpdateProblem, impl: str) -> Variant:
                 mine.copy_(original)
 
     w = weights[0]
-    name = _name(REMOVE, impl, w.values, w.ids, 2, ZETA, TEMPERATURE, "soft", SEED, 0, STEP)
+    name = implementation(REMOVE, impl, w.values, w.ids, 2, ZETA, TEMPERATURE, "soft", SEED, 0, STEP)
     return Variant([run], canon, impl=name, restore=restore, label="operands included")
-
-
-def _name(op: Any, impl: str, *args: Any) -> str:
-    from benchmarks.providers.chts import implementation
-
-    return implementation(op, impl, *args)

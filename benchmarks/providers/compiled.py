@@ -13,7 +13,7 @@ from benchmarks.timing import Variant
 
 
 def build(problem: LinearProblem | ModelProblem, impl: str) -> list[Variant]:
-    cuda_only(problem, "torch.compile (here)")
+    cuda_only(problem, "torch.compile with Inductor's GPU code")
     torch._dynamo.reset()  # every case is a new program; without it the recompilation limit falls back to eager
     if isinstance(problem, ModelProblem):
         return [problem.variant(lambda model: torch.compile(model, dynamic=False), "dense, compiled, ")]

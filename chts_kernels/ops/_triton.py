@@ -28,6 +28,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreting() -> bool:
@@ -57,11 +58,26 @@ def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def why_not_written(**outputs: torch.Tensor | None) -> str | None:
-    """None when a kernel can write to these tensors in place, else the reason."""
+def why_not(source: torch.Tensor, **outputs: torch.Tensor | None) -> str | None:
+    """None when a kernel can read ``source``, a float32, bfloat16 or float16 matrix, and write to ``outputs`` in place, else the
+    reason."""
+    reason = why_not_device(source.device)
+    if reason is None and source.dtype not in READABLE:
+        reason = f"needs float32, bfloat16 or float16, got {str(source.dtype).removeprefix('torch.')}"
     for name, value in outputs.items():
-        if value is not None and not (value.is_contiguous() and value.data_ptr() % ALIGNMENT == 0):
-            return f"{name} must be contiguous and start on a {ALIGNMENT}-byte boundary"
+        if reason is None and value is not None and not (value.is_contiguous() and value.data_ptr() % ALIGNMENT == 0):
+            reason = f"{name} must be contiguous and start on a {ALIGNMENT}-byte boundary"
+    return reason
+
+
+def why_not_operands(source: torch.Tensor, operand: torch.Tensor | None) -> str | None:
+    """None when a kernel can convert ``source`` to the dtype of ``operand``, else the reason."""
+    if operand is None or operand.dtype == source.dtype != torch.float32:
+        return None
+    if operand.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16 operands, got {str(operand.dtype).removeprefix('torch.')}"
+    if operand.dtype == torch.bfloat16 and source.device.type == "cpu" and interpreting():
+        return "Triton's interpreter does not round to bfloat16 as the device does"
     return None
 
 
@@ -71,13 +87,13 @@ def readable(x: torch.Tensor) -> torch.Tensor:
     return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
 
 
-def lazy(module: str, function: str, package: str) -> Callable[..., Any]:
-    """A function that imports ``module`` when first called: operations register kernels before Triton is wanted."""
+def lazy(module: str, function: str) -> Callable[..., Any]:
+    """``function`` of ``module`` (absolute name), imported when first called: operations register before Triton is wanted."""
     found: list[Callable[..., Any]] = []
 
     def run(*args: Any) -> Any:
         if not found:
-            found.append(getattr(importlib.import_module(module, package), function))
+            found.append(getattr(importlib.import_module(module), function))
         return found[0](*args)
 
     return run
@@ -125,7 +141,8 @@ class TritonKernel:
         """
         first = next(a for a in arguments if isinstance(a, torch.Tensor))
         if first.device.type == "cpu":
-            self.function[(blocks,)](*arguments, **dict(constants))
+            plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+            self.function[(blocks,)](*plain, **dict(constants))
             return
         device = first.get_device()
         types = tuple(

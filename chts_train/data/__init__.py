@@ -7,11 +7,11 @@
     tokens, targets = next(batches)
 """
 
-from chts_train.data.batches import ImageBatches, TextBatches
-from chts_train.data.image_files import load_images
-from chts_train.data.images import ImageData, ImageSet
-from chts_train.data.text import TextData, load_text
-from chts_train.data.tokens import TokenDocs
+from .batches import ImageBatches, TextBatches
+from .image_files import load_images
+from .images import ImageData, ImageSet
+from .text import TextData, load_text
+from .tokens import TokenDocs
 
 __all__ = [
     "ImageBatches",

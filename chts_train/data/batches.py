@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chts_train.data.images import ImageSet, augment, normalise
-from chts_train.data.tokens import TokenDocs
+from .images import ImageSet, augment, normalise
+from .tokens import TokenDocs
 
 IGNORE_INDEX = -100  # target of padding
 
@@ -138,9 +138,9 @@ class _Windows:
 class TextBatches(_Batches):
     """Endless (tokens, targets), int64 [batch_size, seq_len] each, on the CPU.
 
-    Sequences are contiguous windows of one document each (with books packed windows would mix documents at most
-    at their ends, but a document per sequence alone, the lineage's habit for web pages, would use only the first
-    ``seq_len`` tokens of every book). Targets are the next tokens; -100 marks padding, which only a document's
+    A sequence is a contiguous window of one document; a document of more than ``seq_len`` tokens gives several. (One
+    sequence per document, the habit for short web pages, would use only the first ``seq_len`` tokens of a book;
+    packing would let the model attend across documents.) Targets are the next tokens; -100 marks padding, which only a document's
     last window has. Raises ValueError for sizes below 1, a negative seed, or documents without any target.
     """
 

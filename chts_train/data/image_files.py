@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chts_train.data.images import ArraySource, DecodedSource, ImageData, Source, make_data, resize
-from chts_train.data.optional import require_package
-from chts_train.extras import require
+from ..extras import require
+from .images import ArraySource, DecodedSource, ImageData, Source, make_data, resize
+from .optional import require_package
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 _TRAIN_FOLDERS, _VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation", "test", "testing")
@@ -221,8 +221,9 @@ def _folder(path: Path, image_size: int | None, seed: int, val_fraction: float) 
 
 def _torchvision(spec: str, image_size: int | None) -> ImageData:
     name, _, root = spec.partition(":")
-    datasets = require(
+    datasets = require_package(
         "torchvision.datasets",
+        "torchvision",
         f"image data {spec!r} (no file or folder of that name, so taken as a torchvision data set)",
     )
     by_name = {key.lower(): key for key, kind in vars(datasets).items() if inspect.isclass(kind)}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chts_train.extras import require
+from ..extras import require
 
 _KEEP_BYTES = 1 << 30  # sets that decode to at most this are kept in memory
 _SAMPLE = 4096  # images from which mean and deviation are taken, evenly spread over the train split

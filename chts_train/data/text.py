@@ -2,7 +2,8 @@
 
 ``load_text(spec)`` reads
 
-- ``"stdlib"``: the source files of the running interpreter's standard library (nothing to download);
+- ``"stdlib"``: the source files of the running interpreter's standard library (nothing to download; another
+  Python version is another text);
 - text files and folders of them (``.txt .md .py`` ..., optionally ``.xz``); one file is one document;
 - token arrays (``.npy .bin .u16``, optionally ``.xz``), documents ended by an end-of-text id. Files whose names
   hold ``train`` and ``val`` (or ``valid``, ``validation``, ``test``) in the same place are the split. One file is
@@ -26,9 +27,9 @@ from typing import Any
 
 import numpy as np
 
-from chts_train.data.optional import require_package
-from chts_train.data.tokens import TokenDocs, is_array, read_array, split_documents
-from chts_train.extras import require
+from ..extras import require
+from .optional import require_package
+from .tokens import TokenDocs, is_array, read_array, split_documents
 
 BYTE_VOCAB = 257  # the 256 bytes and the end of a document
 _END_OF_BYTES = 256
@@ -130,7 +131,7 @@ def load_text(
         train, val = parts if len(parts) == 2 else split_documents(parts[0], val_fraction, seed)
     if not val.total:
         raise ValueError(f"data {name} must hold validation text, got none")
-    needed = max(train.max_id(), val.max_id()) + 1
+    needed = max(part.max_id() for part in {id(p.tokens): p for p in (train, val)}.values()) + 1  # shared memory once
     if vocab is None:
         vocab = encoder.vocab if arrays is None or tokenizer is not None else needed
     if needed > vocab:

@@ -15,14 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE_INDEX = -100  # targets with this value (padding) do not count in the loss
-
 
 @dataclass(frozen=True)
 class LlamaConfig:
     """Sizes of a Llama; the fields carry the names they have in a Hugging Face ``LlamaConfig``.
 
-    ``max_position_embeddings`` bounds the sequence length (it sizes the rotary table, not any parameter).
+    ``max_position_embeddings`` bounds the sequence length; no parameter depends on it.
     Raises ValueError when a size is not positive, or the heads do not divide ``hidden_size`` into an even size.
     """
 
@@ -72,13 +70,13 @@ class LlamaConfig:
         }
 
 
-def rotary_table(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_table(length: int, head_dim: int, theta: float, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """(cos, sin), each float32 [length, head_dim].
 
     At position p, channels i and i + head_dim / 2 share the angle p * theta^(-2i / head_dim).
     """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency).repeat(1, 2)
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
 
@@ -140,21 +138,17 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Embedding, layers and final norm; tokens int64 [B, T] -> hidden states [B, T, hidden]."""
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        cos, sin = rotary_table(config.max_position_embeddings, config.head_dim, config.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
-        cos, sin = self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]]
+        # Made anew in each pass, which costs next to nothing: a buffer would lose its precision in model.bfloat16().
+        cos, sin = rotary_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
         for layer in self.layers:
             x = layer(x, cos, sin)
         return self.norm(x)
@@ -196,4 +190,4 @@ class Llama(nn.Module):
         logits = self.lm_head(self.model(tokens))
         if targets is None:
             return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX)
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)

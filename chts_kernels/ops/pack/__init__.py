@@ -7,6 +7,7 @@ import torch
 from ... import check
 from ...layout import metadata_shape
 from ...patterns import BLOCK
+from .. import _triton
 from .._library import Op
 from . import reference
 
@@ -26,6 +27,20 @@ PACK_OPERANDS_ = Op(
     reference.pack_operands_,
     lambda *args: None,
 )
+
+
+def _why_not_pack_operands(values, ids, n, operand, meta, operand_t, meta_t) -> str | None:
+    outputs = {"operand": operand, "meta": meta, "operand_t": operand_t, "meta_t": meta_t}
+    return _triton.why_not(values, **outputs) or _triton.why_not_operands(values, operand_t)
+
+
+def _why_not_compress(source, ids, n) -> str | None:
+    return _triton.why_not(source)
+
+
+PACK.kernel("triton", _why_not_compress)(_triton.lazy(f"{__name__}.triton_compress", "pack"))
+UNPACK.kernel("triton", _why_not_compress)(_triton.lazy(f"{__name__}.triton_compress", "unpack"))
+PACK_OPERANDS_.kernel("triton", _why_not_pack_operands)(_triton.lazy(f"{__name__}.triton_pack", "pack_operands_"))
 
 
 def pack(dense: torch.Tensor, ids: torch.Tensor, n: int = 2, *, impl: str = "auto") -> torch.Tensor:
@@ -67,11 +82,11 @@ def unpack(values: torch.Tensor, ids: torch.Tensor, n: int = 2, *, impl: str = "
 
 
 def empty_operands(
-    rows: int, columns: int, dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Unfilled (operand [N, K/2], meta, operand_t [K, N/2], meta_t) for a [N, K] weight."""
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device, *, with_operand: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Unfilled (operand [N, K/2], meta, operand_t [K, N/2], meta_t) for a [N, K] weight; without operand, None in its place."""
     return (
-        torch.empty(rows, columns // 2, dtype=dtype, device=device),
+        torch.empty(rows, columns // 2, dtype=dtype, device=device) if with_operand else None,
         torch.empty(metadata_shape(rows, columns), dtype=torch.int32, device=device),
         torch.empty(columns, rows // 2, dtype=dtype, device=device),
         torch.empty(metadata_shape(columns, rows), dtype=torch.int32, device=device),

@@ -88,19 +88,19 @@ def half_word(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_ids(ids_ptr, tile_n, tile_k, block_columns, count_n, count_k, I: tl.constexpr, VECTOR_K: tl.constexpr):
-    """The ids of block row I of the thread's tile: a tuple of four, PADDING_ID beyond the matrix."""
-    at = ids_ptr + (4 * tile_n + I).to(tl.int64) * block_columns + 4 * tile_k
+def load_ids(ids_ptr, tile_n, tile_k, block_columns, count_n, count_k, ROW: tl.constexpr, VECTOR_K: tl.constexpr):
+    """The ids of block row ROW of the thread's tile: a tuple of four, PADDING_ID beyond the matrix."""
+    at = ids_ptr + (4 * tile_n + ROW).to(tl.int64) * block_columns + 4 * tile_k
     if VECTOR_K:
-        inside = (count_n > I) & (count_k > 0)
+        inside = (count_n > ROW) & (count_k > 0)
         four = tl.load(at.to(tl.pointer_type(tl.uint32)), mask=inside, other=0xFFFFFFFF)
         return four & 255, (four >> 8) & 255, (four >> 16) & 255, four >> 24
     else:
         return (
-            tl.load(at, mask=(count_n > I) & (count_k > 0), other=255).to(tl.uint32),
-            tl.load(at + 1, mask=(count_n > I) & (count_k > 1), other=255).to(tl.uint32),
-            tl.load(at + 2, mask=(count_n > I) & (count_k > 2), other=255).to(tl.uint32),
-            tl.load(at + 3, mask=(count_n > I) & (count_k > 3), other=255).to(tl.uint32),
+            tl.load(at, mask=(count_n > ROW) & (count_k > 0), other=255).to(tl.uint32),
+            tl.load(at + 1, mask=(count_n > ROW) & (count_k > 1), other=255).to(tl.uint32),
+            tl.load(at + 2, mask=(count_n > ROW) & (count_k > 2), other=255).to(tl.uint32),
+            tl.load(at + 3, mask=(count_n > ROW) & (count_k > 3), other=255).to(tl.uint32),
         )
 
 
@@ -281,7 +281,7 @@ def pack_operands_(
         ("LANES_K", lanes_k),
     )
     arguments = (
-        _triton.readable(values.detach()), _triton.readable(ids), block_table(n, ids.device), operand, meta, operand_t, meta_t,
+        _triton.readable(values), _triton.readable(ids), block_table(n, ids.device), operand, meta, operand_t, meta_t,
         block_rows, block_columns, programs_k,
     )  # fmt: skip
     PACK_OPERANDS.launch(programs, arguments, constants, lanes_n * lanes_k // 32)

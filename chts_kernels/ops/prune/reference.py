@@ -7,6 +7,7 @@ import itertools
 import torch
 
 from ...patterns import BLOCK, pattern_table
+from ..pack.reference import pack, pack_operands_
 
 LARGEST_SCORE = 2.0**120
 """Element scores are clamped to this, so that inf and NaN neither poison nor overflow a block's sum in float32."""
@@ -60,3 +61,20 @@ def prune(dense: torch.Tensor, n: int, score: str) -> torch.Tensor:
     magnitude = dense.abs() if dense.dtype == torch.float64 else dense.float().abs()
     magnitude = magnitude if score == "abs" else magnitude * magnitude
     return best_pattern(torch.nan_to_num(magnitude, nan=LARGEST_SCORE).clamp(max=LARGEST_SCORE), n)
+
+
+def prune_pack_(
+    dense: torch.Tensor,
+    n: int,
+    score: str,
+    ids: torch.Tensor,
+    values: torch.Tensor,
+    operand: torch.Tensor | None,
+    meta: torch.Tensor | None,
+    operand_t: torch.Tensor | None,
+    meta_t: torch.Tensor | None,
+) -> None:
+    ids.copy_(prune(dense, n, score))
+    values.copy_(pack(dense, ids, n))
+    if operand_t is not None:
+        pack_operands_(values, ids, n, operand, meta, operand_t, meta_t)

@@ -160,12 +160,9 @@ def _best_of_90(x, required, REQUIRED: tl.constexpr):
     right = 5 - index_b
     low, high = tl.minimum(left, right), tl.maximum(left, right)
     option = tl.where(upper + (_pick(row2, low) + _pick(row3, high)) == best, 0, 1)
-    for step in tl.static_range(6):
-        complements_sum = upper + complements[5 - step]
-        if step == 0:
-            of_six = tl.full(best.shape, 5, tl.int32)
-        else:
-            of_six = tl.where(complements_sum == best, 5 - step, of_six)
+    of_six = tl.full(best.shape, 5, tl.int32)
+    for step in tl.static_range(5):
+        of_six = tl.where(upper + complements[4 - step] == best, 4 - step, of_six)
     option = tl.where(index_a == right, of_six, option)
 
     # Patterns before (a, b): 15 for every a; under an a, 2 for every b, but 1 for b == a and 6 for b == 5 - a.

@@ -3,8 +3,8 @@
 1. ``list``: look every block's survivors up in a table of 65536 entries: the lowest pattern that contains them, and whether
    there is another. The first is the answer where there is no other (90 % of the blocks at zeta = 0.1); the rest go on a list.
 2. ``select``: one thread per listed block: 16 scores times their noise, all patterns that contain the survivors, the largest
-   sum in the order of :func:`chts_kernels.ops.prune.reference.best_pattern`. In a whole update the same thread then moves
-   the block's values and moments.
+   sum in the order of :func:`chts_kernels.ops.prune.reference.best_pattern`.
+3. ``move``, in a whole update: carry the values and moments of the listed blocks whose id changed.
 
 Bytes: survivors and ids of all blocks, scores of the listed ones.
 """
@@ -111,29 +111,23 @@ def best_pattern(rows, links, N_LINKS: tl.constexpr):
 
 
 @triton.jit
-def bit_count(x):
-    x = (x & 0x5555) + (x >> 1 & 0x5555)
-    x = (x & 0x3333) + (x >> 2 & 0x3333)
-    x = (x & 0x0F0F) + (x >> 4 & 0x0F0F)
-    return (x & 0xFF) + (x >> 8)
-
-
-@triton.jit
 def select_kernel(
-    scores_ptr, survivors_ptr, table_ptr, ids_ptr, list_ptr, counters_ptr, mask16_ptr, schedule_ptr,
+    scores_ptr, survivors_ptr, table_ptr, ids_ptr, list_ptr, counters_ptr, schedule_ptr,
     step: tl.int64, key0: tl.int64, key1: tl.int64, block_columns, blocks, layers,
-    N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, MODE: tl.constexpr, SIZES: tl.constexpr, IN_PLACE: tl.constexpr,
-    STATS: tl.constexpr, FROM_DEVICE: tl.constexpr, BLOCKS: tl.constexpr,
+    N_LINKS: tl.constexpr, MODE: tl.constexpr, IN_PLACE: tl.constexpr, STATS: tl.constexpr, FROM_DEVICE: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The best pattern of every listed block. IN_PLACE: written to the table's ids (``ids`` holds the old ones), and the
-    block's link data, tensors 3 and up of the table with SIZES bits each, are moved."""
+    """The best pattern of every listed block, written to ``ids``, or with IN_PLACE to the ids of the table's layers."""
     b = tl.program_id(1)
     base = b.to(tl.int64) * blocks
     if FROM_DEVICE:
         step = tl.load(schedule_ptr + 2).to(tl.int64)
     layer = tl.load(table_ptr + 2 * layers + b)
     count = tl.load(counters_ptr + b * COUNTERS + LISTED)
-    replaced = 0
+    if IN_PLACE:
+        ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
+    else:
+        ids_ptr += base
     noise_changed = 0
     start = tl.program_id(0) * BLOCKS
     while start < count:
@@ -162,26 +156,49 @@ def select_kernel(
         new = best_pattern(rows, links, N_LINKS)
         if STATS:
             noise_changed += tl.sum((valid & (new != best_pattern(plain, links, N_LINKS))).to(tl.int32))
-        if IN_PLACE:
-            old = tl.load(ids_ptr + base + block, mask=valid, other=0).to(tl.int32)
-            changed = valid & (old != new)
-            new_ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
-            tl.store(new_ids_ptr + block, new.to(tl.uint8), mask=changed)
-            old_mask = tl.load(mask16_ptr + old, mask=changed & (old < PATTERNS), other=0)
-            new_mask = tl.load(mask16_ptr + new, mask=changed, other=0)
-            replaced += tl.sum(bit_count(new_mask & ~old_mask))
-            for index in tl.static_range(len(SIZES)):
-                # Values are row 0 of the table; rows 1 and 2 hold ids and layer numbers.
-                base_ptr = tl.load(table_ptr + (0 if index == 0 else index + 2) * layers + b)
-                base_ptr = base_ptr.to(tl.pointer_type(tl.core.get_int_dtype(SIZES[index], True)))
-                move_block(base_ptr, i, j, block_columns, old_mask, new_mask, changed, N_LINKS)
-        else:
-            tl.store(ids_ptr + base + block, new.to(tl.uint8), mask=valid)
+        tl.store(ids_ptr + block, new.to(tl.uint8), mask=valid)
         start += tl.num_programs(0) * BLOCKS
-    if IN_PLACE:
-        tl.atomic_add(counters_ptr + b * COUNTERS + REPLACED, replaced, sem="relaxed")
     if STATS:
         tl.atomic_add(counters_ptr + b * COUNTERS + NOISE_CHANGED, noise_changed, sem="relaxed")
+
+
+@triton.jit
+def bit_count(x):
+    x = (x & 0x5555) + (x >> 1 & 0x5555)
+    x = (x & 0x3333) + (x >> 2 & 0x3333)
+    x = (x & 0x0F0F) + (x >> 4 & 0x0F0F)
+    return (x & 0xFF) + (x >> 8)
+
+
+@triton.jit
+def move_kernel(
+    table_ptr, old_ids_ptr, list_ptr, counters_ptr, mask16_ptr, block_columns, blocks, layers,
+    SIZES: tl.constexpr, N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Carry values (row 0 of the table) and moments (rows 3 and up), SIZES bits each, of the listed blocks from the old ids
+    to those of the table's layers; count the links that are new."""
+    b = tl.program_id(1)
+    base = b.to(tl.int64) * blocks
+    new_ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
+    count = tl.load(counters_ptr + b * COUNTERS + LISTED)
+    replaced = 0
+    start = tl.program_id(0) * BLOCKS
+    while start < count:
+        valid = start + tl.arange(0, BLOCKS) < count
+        block = tl.load(list_ptr + base + start + tl.arange(0, BLOCKS), mask=valid, other=0)
+        old = tl.load(old_ids_ptr + base + block, mask=valid, other=0).to(tl.int32)
+        new = tl.load(new_ids_ptr + block, mask=valid, other=0).to(tl.int32)
+        changed = old != new
+        old_mask = tl.load(mask16_ptr + old, mask=changed & (old < PATTERNS), other=0)
+        new_mask = tl.load(mask16_ptr + new, mask=changed, other=0)
+        replaced += tl.sum(bit_count(new_mask & ~old_mask))
+        i, j = block // block_columns, block % block_columns
+        for index in tl.static_range(len(SIZES)):
+            base_ptr = tl.load(table_ptr + (0 if index == 0 else index + 2) * layers + b)
+            base_ptr = base_ptr.to(tl.pointer_type(tl.core.get_int_dtype(SIZES[index], True)))
+            move_block(base_ptr, i, j, block_columns, old_mask, new_mask, changed, N_LINKS)
+        start += tl.num_programs(0) * BLOCKS
+    tl.atomic_add(counters_ptr + b * COUNTERS + REPLACED, replaced, sem="relaxed")
 
 
 def regrow_many(
@@ -227,12 +244,16 @@ def regrow_many(
     )  # fmt: skip
     programs = max(1, min(triton.cdiv(blocks, block), PROGRAMS // layers))
     select_kernel[(programs, layers)](
-        counters if scores is None else scores, survivors, pointers, ids, listed, counters, patterns.tensor("mask16", device),
+        counters if scores is None else scores, survivors, pointers, ids, listed, counters,
         pointers if schedule is None else schedule, step, seed & 0xFFFFFFFF, seed >> 32, block_columns, blocks, layers,
-        N_LINKS=n, PATTERNS=len(patterns), MODE=MODES[mode], SIZES=tuple(sizes), IN_PLACE=in_place,
-        STATS=stats and mode != "greedy", FROM_DEVICE=schedule is not None, BLOCKS=block, num_warps=max(1, block // 32),
-        enable_fp_fusion=False,
+        N_LINKS=n, MODE=MODES[mode], IN_PLACE=in_place, STATS=stats and mode != "greedy", FROM_DEVICE=schedule is not None,
+        BLOCKS=block, num_warps=max(1, block // 32), enable_fp_fusion=False,
     )  # fmt: skip
+    if in_place:
+        move_kernel[(programs, layers)](
+            pointers, ids, listed, counters, patterns.tensor("mask16", device), block_columns, blocks, layers,
+            SIZES=tuple(sizes), N_LINKS=n, PATTERNS=len(patterns), BLOCKS=block, num_warps=max(1, block // 32),
+        )  # fmt: skip
     return ids, counters
 
 

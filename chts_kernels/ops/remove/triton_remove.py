@@ -304,6 +304,7 @@ def finish_kernel(
     links = blocks.to(tl.int64) * (4 * N_LINKS)
     list_ptr += b_layer * links
     short_ptr += b_layer * SHORT_LIST
+    removals, _, _ = controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE)
     equal_rank = tl.load(state_ptr + EQUAL_RANK)
     bin_of_k = tl.load(state_ptr + BIN_OF_K)
     if bin_of_k >= 0:
@@ -319,8 +320,7 @@ def finish_kernel(
             drop(survivors_ptr, entry, block_columns, (lane < number) & (smaller < equal_rank))
         else:
             # Eight-bit radix selection, most significant digit first, over the unsigned image of the entries.
-            k, inv_temperature, step = controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE)
-            held, a, b, below, count, attempt = chosen_window(state_ptr, k)
+            held, a, b, below, count, attempt = chosen_window(state_ptr, removals)
             prefix = tl.zeros([], tl.uint64)
             for digit in range(8):
                 shift = tl.full([], 56, tl.uint64) - 8 * digit

@@ -37,7 +37,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...patterns import BLOCK
-from .._batch import on_device
+from .._batch import interpreted, on_device
 
 PADDING = 128
 ONE_DIGIT_FROM = 2048
@@ -138,10 +138,59 @@ def store_digits(ptr, weight, centre, scale, mask, low_digit, QMAX: tl.constexpr
 
 
 @triton.jit
+def multiply(
+    accumulator, a_desc, a_row, a_column, b_desc, b_row, b_column, length,
+    DEPTH: tl.constexpr, STAGES: tl.constexpr, COMPILED: tl.constexpr,
+):  # fmt: skip
+    """accumulator + A B^T over ``length`` columns from (a_row, a_column) and (b_row, b_column)."""
+    if COMPILED:
+        for d in tl.range(0, length, DEPTH, num_stages=STAGES):
+            left, right = a_desc.load([a_row, a_column + d]), b_desc.load([b_row, b_column + d])
+            accumulator = tl.dot(left, right.T, accumulator, out_dtype=tl.int32)  # [M, DEPTH] @ [DEPTH, N]
+    else:  # numpy 2.4 broke range with run-time bounds in Triton 3.6's interpreter
+        d = length * 0
+        while d < length:
+            left, right = a_desc.load([a_row, a_column + d]), b_desc.load([b_row, b_column + d])
+            accumulator = tl.dot(left, right.T, accumulator, out_dtype=tl.int32)
+            d += DEPTH
+    return accumulator
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a matrix."""
+    return x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def store_overlaps(
+    counts, u, z, degree_u, degree_z, size, out_ptr, length, low_digit, centre, scale, state_ptr, mirror,
+    DIGITS: tl.constexpr, QMAX: tl.constexpr, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """From the counts P[u, z] to the digits of W[u, z] and, off the diagonal, of W[z, u]."""
+    common = counts.to(tl.float32)
+    linked = counts > 0
+    other = u[:, None] != z[None, :]
+    weight = tl.where(linked, (common + 1.0) / (degree_z[None, :] - common + 1.0), 0.0)
+    mirrored = tl.where(linked, (common + 1.0) / (degree_u[:, None] - common + 1.0), 0.0)
+    if not AGAIN:
+        real = other & (u < size)[:, None] & (z < size)[None, :]
+        highest = tl.max(tl.max(tl.where(real, tl.maximum(weight, mirrored), 0.0), 1), 0)
+        lowest = tl.min(tl.min(tl.where(real, tl.minimum(weight, mirrored), 3.0e38), 1), 0)
+        tl.atomic_max(state_ptr + 1, highest.to(tl.int32, bitcast=True), sem="relaxed")
+        tl.atomic_max(state_ptr + 2, lowest.to(tl.int32, bitcast=True) ^ ALL_BITS, sem="relaxed")
+    everywhere = (u >= 0)[:, None] & (z >= 0)[None, :]
+    place = out_ptr + u.to(tl.int64)[:, None] * length + z[None, :]
+    store_digits(place, tl.where(other, weight, centre), centre, scale, everywhere, low_digit, QMAX, DIGITS)
+    place = out_ptr + z.to(tl.int64)[None, :] * length + u[:, None]
+    store_digits(place, tl.where(other, mirrored, centre), centre, scale, everywhere & mirror, low_digit, QMAX, DIGITS)
+
+
+@triton.jit
 def overlap_kernel(
-    operands_desc, operands_ptr, degrees_ptr, state_ptr, rows, columns, layers,
-    ROWS_PADDED: tl.constexpr, COLUMNS_PADDED: tl.constexpr, LENGTH: tl.constexpr, TILE: tl.constexpr,
-    DEPTH: tl.constexpr, STAGES: tl.constexpr, DIGITS: tl.constexpr, QMAX: tl.constexpr, AGAIN: tl.constexpr,
+    operands_desc, operands_ptr, degrees_ptr, state_ptr, rows, columns, rows_padded, columns_padded, length, layers,
+    TILE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, DIGITS: tl.constexpr, QMAX: tl.constexpr,
+    AGAIN: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """P of both sides, tile by tile of its upper triangle, turned into Q as it leaves the accumulators."""
     b = tl.program_id(1)
@@ -151,118 +200,87 @@ def overlap_kernel(
         if held:
             return
         centre, step = wide_centre, wide_step
-    scale = 1.0 / step
-    # The triangle of an n x n grid folded to [n // 2 rounded up, n + 1]: line r also holds line n - 1 - r.
-    row_side: tl.constexpr = ROWS_PADDED // TILE
-    column_side: tl.constexpr = COLUMNS_PADDED // TILE
-    row_tiles: tl.constexpr = (row_side + 1) // 2 * (row_side + 1)
+    # The triangle of an n x n grid folded to [n / 2 rounded up, n + 1]: line r also holds line n - 1 - r.
+    row_tiles, column_tiles = rows_padded // TILE, columns_padded // TILE
+    row_programs = (row_tiles + 1) // 2 * (row_tiles + 1)
     pid = tl.program_id(0)
-    on_rows = pid < row_tiles
-    pid = tl.where(on_rows, pid, pid - row_tiles)
-    side = tl.where(on_rows, row_side, column_side)
-    line, place = pid // (side + 1), pid % (side + 1)
-    folded = place >= side - line
-    if folded & (line * 2 + 1 == side):  # the middle line of an odd grid has no partner
+    on_rows = pid < row_programs
+    pid = tl.where(on_rows, pid, pid - row_programs)
+    tiles = tl.where(on_rows, row_tiles, column_tiles)
+    line, place = pid // (tiles + 1), pid % (tiles + 1)
+    folded = place >= tiles - line
+    if folded & (line * 2 + 1 == tiles):  # the middle line of an odd grid has no partner
         return
-    tile_u = tl.where(folded, side - 1 - line, line)
-    tile_z = tl.where(folded, side - 1 - line + place - (side - line), line + place)
-    size = tl.where(on_rows, rows, columns)
-    first_row = tl.where(on_rows, b * ROWS_PADDED, layers * ROWS_PADDED + b * COLUMNS_PADDED)
-    mask_column = tl.where(on_rows, ROWS_PADDED, 0)
-    depth = tl.where(on_rows, COLUMNS_PADDED, ROWS_PADDED)
-
-    accumulator = tl.zeros([TILE, TILE], tl.int32)
-    if ROWS_PADDED == COLUMNS_PADDED:
-        for d in tl.range(0, COLUMNS_PADDED, DEPTH, num_stages=STAGES):
-            left = operands_desc.load([first_row + tile_u * TILE, mask_column + d])
-            right = operands_desc.load([first_row + tile_z * TILE, mask_column + d])
-            # [TILE, DEPTH] @ [DEPTH, TILE]
-            accumulator = tl.dot(left, right.T, accumulator, out_dtype=tl.int32)
-    elif on_rows:
-        for d in tl.range(0, COLUMNS_PADDED, DEPTH, num_stages=STAGES):
-            left = operands_desc.load([first_row + tile_u * TILE, mask_column + d])
-            right = operands_desc.load([first_row + tile_z * TILE, mask_column + d])
-            accumulator = tl.dot(left, right.T, accumulator, out_dtype=tl.int32)
-    else:
-        for d in tl.range(0, ROWS_PADDED, DEPTH, num_stages=STAGES):
-            left = operands_desc.load([first_row + tile_u * TILE, mask_column + d])
-            right = operands_desc.load([first_row + tile_z * TILE, mask_column + d])
-            accumulator = tl.dot(left, right.T, accumulator, out_dtype=tl.int32)
-
+    tile_u = tl.where(folded, tiles - 1 - line, line)
+    tile_z = tl.where(folded, place - 1, line + place)
+    first_row = tl.where(on_rows, b * rows_padded, layers * rows_padded + b * columns_padded)
+    mask_column = tl.where(on_rows, rows_padded, 0)
+    depth = tl.where(on_rows, columns_padded, rows_padded)
+    counts = multiply(
+        tl.zeros([TILE, TILE], tl.int32), operands_desc, first_row + tile_u * TILE, mask_column,
+        operands_desc, first_row + tile_z * TILE, mask_column, depth, DEPTH, STAGES, COMPILED,
+    )  # fmt: skip
     u = tile_u * TILE + tl.arange(0, TILE)
-    z = tile_z * TILE + tl.arange(0, TILE)
-    degrees_ptr += b.to(tl.int64) * (ROWS_PADDED + COLUMNS_PADDED) + tl.where(on_rows, 0, ROWS_PADDED)
+    z = tile_z * TILE + tl.arange(0, TILE // 4)
+    degrees_ptr += b.to(tl.int64) * (rows_padded + columns_padded) + tl.where(on_rows, 0, rows_padded)
     degree_u = tl.load(degrees_ptr + u).to(tl.float32)
-    degree_z = tl.load(degrees_ptr + z).to(tl.float32)
-    common = accumulator.to(tl.float32)
-    linked = accumulator > 0
-    weight = tl.where(linked, (common + 1.0) / (degree_z[None, :] - common + 1.0), 0.0)  # W[u, z]
-    mirrored = tl.where(linked, (common + 1.0) / (degree_u[:, None] - common + 1.0), 0.0)  # W[z, u]
-    other = u[:, None] != z[None, :]
-    if not AGAIN:
-        real = other & (u < size)[:, None] & (z < size)[None, :]
-        highest = tl.max(tl.max(tl.where(real, tl.maximum(weight, mirrored), 0.0), 1), 0)
-        lowest = tl.min(tl.min(tl.where(real, tl.minimum(weight, mirrored), 3.0e38), 1), 0)
-        tl.atomic_max(state_ptr + 1, highest.to(tl.int32, bitcast=True), sem="relaxed")
-        tl.atomic_max(state_ptr + 2, lowest.to(tl.int32, bitcast=True) ^ ALL_BITS, sem="relaxed")
-    weight = tl.where(other, weight, centre)
-    mirrored = tl.where(other, mirrored, centre)
-    out_ptr = operands_ptr + first_row.to(tl.int64) * LENGTH + tl.where(on_rows, 0, ROWS_PADDED)
-    low_digit = tl.where(on_rows, ROWS_PADDED + COLUMNS_PADDED, COLUMNS_PADDED)
-    everywhere = (u[:, None] >= 0) & (z[None, :] >= 0)
-    place_uz = out_ptr + u.to(tl.int64)[:, None] * LENGTH + z[None, :]
-    store_digits(place_uz, weight, centre, scale, everywhere, low_digit, QMAX, DIGITS)
-    if tile_u != tile_z:
-        place_zu = out_ptr + z.to(tl.int64)[None, :] * LENGTH + u[:, None]
-        store_digits(place_zu, mirrored, centre, scale, everywhere, low_digit, QMAX, DIGITS)
+    size = tl.where(on_rows, rows, columns)
+    out_ptr = operands_ptr + first_row.to(tl.int64) * length + tl.where(on_rows, 0, rows_padded)
+    low_digit = tl.where(on_rows, rows_padded + columns_padded, columns_padded)
+    left, right = halves(counts)
+    quarters = halves(left) + halves(right)  # a quarter at a time: fewer registers
+    for quarter in tl.static_range(4):
+        degree_z = tl.load(degrees_ptr + z).to(tl.float32)
+        store_overlaps(
+            quarters[quarter], u, z, degree_u, degree_z, size, out_ptr, length, low_digit, centre, 1.0 / step, state_ptr,
+            tile_u != tile_z, DIGITS, QMAX, AGAIN,
+        )  # fmt: skip
+        z += TILE // 4
 
 
 @triton.jit
 def product_kernel(
-    a_desc, b_desc, operands_ptr, degrees_ptr, state_ptr, scores_ptr, rows, columns, layers,
-    ROWS_PADDED: tl.constexpr, COLUMNS_PADDED: tl.constexpr, LENGTH: tl.constexpr,
+    a_desc, b_desc, operands_ptr, degrees_ptr, state_ptr, scores_ptr,
+    rows, columns, rows_padded, columns_padded, length, layers,
     TILE_M: tl.constexpr, TILE_N: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, GROUP: tl.constexpr,
-    DIGITS: tl.constexpr, QMAX: tl.constexpr,
+    DIGITS: tl.constexpr, QMAX: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
     """S = [Q_row | M] [M^T | Q_col]^T and what makes scores of it."""
+    columns = tl.multiple_of(columns, 4)
     b = tl.program_id(1)
-    tiles_m: tl.constexpr = (ROWS_PADDED + TILE_M - 1) // TILE_M
-    tiles_n: tl.constexpr = (COLUMNS_PADDED + TILE_N - 1) // TILE_N
+    tiles_m, tiles_n = tl.cdiv(rows_padded, TILE_M), tl.cdiv(columns_padded, TILE_N)
     pid = tl.program_id(0)
-    band = pid // (GROUP * tiles_n)
+    band, place = pid // (GROUP * tiles_n), pid % (GROUP * tiles_n)
     height = tl.minimum(tiles_m - band * GROUP, GROUP)
-    tile_m = band * GROUP + pid % (GROUP * tiles_n) % height
-    tile_n = pid % (GROUP * tiles_n) // height
-    row = b * ROWS_PADDED + tile_m * TILE_M
-    column = layers * ROWS_PADDED + b * COLUMNS_PADDED + tile_n * TILE_N
-
-    accumulator = tl.zeros([TILE_M, TILE_N], tl.int32)
-    for d in tl.range(0, ROWS_PADDED + COLUMNS_PADDED, DEPTH, num_stages=STAGES):
-        # [TILE_M, DEPTH] @ [DEPTH, TILE_N]
-        accumulator = tl.dot(a_desc.load([row, d]), b_desc.load([column, d]).T, accumulator, out_dtype=tl.int32)
+    tile_m, tile_n = band * GROUP + place % height, place // height
+    row = b * rows_padded + tile_m * TILE_M
+    column = layers * rows_padded + b * columns_padded + tile_n * TILE_N
+    both = rows_padded + columns_padded
+    sums = tl.zeros([TILE_M, TILE_N], tl.int32)
+    sums = multiply(sums, a_desc, row, 0, b_desc, column, 0, both, DEPTH, STAGES, COMPILED)
     if DIGITS == 2:
-        accumulator = accumulator * 256
-        for d in tl.range(0, ROWS_PADDED, DEPTH, num_stages=STAGES):
-            left = a_desc.load([row, ROWS_PADDED + COLUMNS_PADDED + d])
-            accumulator = tl.dot(left, b_desc.load([column, d]).T, accumulator, out_dtype=tl.int32)
-        for d in tl.range(0, COLUMNS_PADDED, DEPTH, num_stages=STAGES):
-            right = b_desc.load([column, ROWS_PADDED + COLUMNS_PADDED + d])
-            accumulator = tl.dot(a_desc.load([row, ROWS_PADDED + d]), right.T, accumulator, out_dtype=tl.int32)
+        sums = sums * 256
+        sums = multiply(sums, a_desc, row, both, b_desc, column, 0, rows_padded, DEPTH, STAGES, COMPILED)
+        sums = multiply(sums, a_desc, row, rows_padded, b_desc, column, both, columns_padded, DEPTH, STAGES, COMPILED)
 
     held, centre, step, wide_centre, wide_step = quantiser(state_ptr + b * STATE, rows, columns, QMAX)
     centre, step = tl.where(held, centre, wide_centre), tl.where(held, step, wide_step)
     u = tile_m * TILE_M + tl.arange(0, TILE_M)
-    v = tile_n * TILE_N + tl.arange(0, TILE_N)
-    inside = (u < rows)[:, None] & (v < columns)[None, :]
-    degrees_ptr += b.to(tl.int64) * (ROWS_PADDED + COLUMNS_PADDED)
+    v = tile_n * TILE_N + tl.arange(0, TILE_N // 4)
+    degrees_ptr += b.to(tl.int64) * (rows_padded + columns_padded)
+    mask_ptr = operands_ptr + (b.to(tl.int64) * rows_padded + u)[:, None] * length + rows_padded
+    out_ptr = scores_ptr + (b.to(tl.int64) * rows + u)[:, None] * columns
     degree_u = tl.load(degrees_ptr + u, mask=u < rows, other=0)
-    degree_v = tl.load(degrees_ptr + ROWS_PADDED + v, mask=v < columns, other=0)
-    degree = (degree_u[:, None] + degree_v[None, :]).to(tl.float32)
-    mask_ptr = operands_ptr + (b.to(tl.int64) * ROWS_PADDED + u)[:, None] * LENGTH + ROWS_PADDED + v[None, :]
-    own = tl.load(mask_ptr, mask=inside, other=0).to(tl.float32)
-    scores = degree * centre + accumulator.to(tl.float32) * step + own * ((degree + 2.0) - 2.0 * centre)
-    place = scores_ptr + (b.to(tl.int64) * rows + u)[:, None] * columns + v[None, :]
-    tl.store(place, scores, mask=inside)
+    left, right = halves(sums)
+    quarters = halves(left) + halves(right)
+    for quarter in tl.static_range(4):
+        inside = (u < rows)[:, None] & (v < columns)[None, :]
+        degree_v = tl.load(degrees_ptr + rows_padded + v, mask=v < columns, other=0)
+        degree = (degree_u[:, None] + degree_v[None, :]).to(tl.float32)
+        own = tl.load(mask_ptr + v[None, :], mask=inside, other=0).to(tl.float32)
+        score = degree * centre + quarters[quarter].to(tl.float32) * step + own * ((degree + 2.0) - 2.0 * centre)
+        tl.store(out_ptr + v[None, :], score, mask=inside)
+        v += TILE_N // 4
 
 
 def digits_for(rows: int, columns: int) -> int:
@@ -304,25 +322,24 @@ def score_many(
     if state is None:
         state = counters[layers * (a + b) :]
     scores = torch.empty(layers, rows, columns, dtype=torch.float32, device=device)
-    shape = dict(ROWS_PADDED=a, COLUMNS_PADDED=b, LENGTH=length, DIGITS=digits, QMAX=QMAX[digits], DEPTH=tiles.depth)
-    expand_kernel[(triton.cdiv(a // 4, 32), triton.cdiv(b // 4, 64), layers)](
-        survivors, operands, degrees, state, block_rows, block_columns, a, b, length, layers, ROWS=32, COLUMNS=64, num_warps=4
+    kind = dict(DIGITS=digits, QMAX=QMAX[digits], DEPTH=tiles.depth, COMPILED=not interpreted(), enable_fp_fusion=False)
+    sizes = rows, columns, a, b, length, layers
+    expand_kernel[(triton.cdiv(a // 4, 16), triton.cdiv(b // 4, 64), layers)](
+        survivors, operands, degrees, state, block_rows, block_columns, a, b, length, layers, ROWS=16, COLUMNS=64, num_warps=4
     )
     desc = TensorDescriptor.from_tensor(operands, [tiles.overlap, tiles.depth])
     sides = a // tiles.overlap, b // tiles.overlap
     grid = sum((s + 1) // 2 * (s + 1) for s in sides), layers
     for again in (False, True):
         overlap_kernel[grid](
-            desc, operands, degrees, state, rows, columns, layers,
-            **shape, TILE=tiles.overlap, STAGES=tiles.overlap_stages, AGAIN=again,
-            num_warps=tiles.overlap_warps, enable_fp_fusion=False,
+            desc, operands, degrees, state, *sizes, **kind,
+            TILE=tiles.overlap, STAGES=tiles.overlap_stages, AGAIN=again, num_warps=tiles.overlap_warps,
         )  # fmt: skip
     left = TensorDescriptor.from_tensor(operands, [tiles.rows, tiles.depth])
     right = TensorDescriptor.from_tensor(operands, [tiles.columns, tiles.depth])
     product_kernel[(triton.cdiv(a, tiles.rows) * triton.cdiv(b, tiles.columns), layers)](
-        left, right, operands, degrees, state, scores, rows, columns, layers,
-        **shape, TILE_M=tiles.rows, TILE_N=tiles.columns, STAGES=tiles.stages, GROUP=tiles.group,
-        num_warps=tiles.warps, enable_fp_fusion=False,
+        left, right, operands, degrees, state, scores, *sizes, **kind,
+        TILE_M=tiles.rows, TILE_N=tiles.columns, STAGES=tiles.stages, GROUP=tiles.group, num_warps=tiles.warps,
     )  # fmt: skip
     return scores
 

@@ -28,6 +28,19 @@ class Sm90Config:
     shift: int = 0
     y_tokens: int = 0
     hints: str = "nnn"
+    pace: int = 1
+    ahead: int = 0
+    promotion: int = 128
+    diag: int = 0
+    occupancy: int = 1
+
+    @property
+    def mma_regs(self):
+        return 104 if self.occupancy == 2 else 240 if self.blocks * self.bn > 256 else 232
+
+    @property
+    def load_regs(self):
+        return 24 if self.occupancy == 2 or self.blocks * self.bn > 256 else 40
 
     @property
     def name(self) -> str:
@@ -86,6 +99,7 @@ def why_illegal(config: Sm90Config) -> str | None:
         (0 <= c.shift <= UNROLL, f"shift must be between 0 and {UNROLL}"),
         (c.shift == 0 or (c.warpgroups == 2 and c.shift + 2 <= c.stages), "shift needs two warpgroups and shift + 2 stages"),
         (c.bn % c.store_tokens == 0 and c.store_tokens % 16 == 0, "y_tokens must divide bn and be a multiple of 16"),
+        (c.store_tokens % (8 * c.pace) == 0, "pace must cut the output buffer into whole 8-token parts"),
         (len(c.hints) == 3 and set(c.hints) <= set("nfl"), "hints must be three of n, f, l"),
         (c.shared_bytes <= SHARED_LIMIT, f"shared memory {c.shared_bytes} must not exceed {SHARED_LIMIT}"),
     ]

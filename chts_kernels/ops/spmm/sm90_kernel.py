@@ -20,10 +20,14 @@ from .sm90_ptx import (
     mbar_init_fence,
     mbar_wait,
     prefetch_maps,
+    prefetch_w,
+    prefetch_x,
     shift_arrive,
     shift_wait,
-    store_block,
     store_drain,
+    store_start,
+    store_wait,
+    store_write,
     warp_in_group,
     wgmma_sp,
     wgmma_wait_all,
@@ -50,7 +54,7 @@ def _row_tile(pm, CLUSTER: gl.constexpr):
 
 @gluon.jit
 def _load_partition(steps, num_m, num_n, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr,
-                    BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, HINTS: gl.constexpr):
+                    BM: gl.constexpr, BN: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, HINTS: gl.constexpr, AHEAD: gl.constexpr, DIAG: gl.constexpr):
     STAGE: gl.constexpr = BM * 64 + BN * 128
     start = gl.program_id(0) // CLUSTER
     stride = gl.num_programs(0) // CLUSTER
@@ -62,13 +66,23 @@ def _load_partition(steps, num_m, num_n, STAGES: gl.constexpr, RING: gl.constexp
         prefetch_maps()
         s = 0
         phase = 1
+        sharers = gl.minimum(num_m, GROUP) * CLUSTER
         for t in range(start, num_m * num_n, stride):
             pm, pn = _tile(t, num_m, num_n, GROUP)
             pm = pm * CLUSTER + rank
+            nm, nn = _tile(t + stride, num_m, num_n, GROUP)
+            nm = nm * CLUSTER + rank
             for step in range(steps):
+                if AHEAD > 0:
+                    # of the CTAs that share an X tile (a column of the band), another one asks for it at every step
+                    future = step + AHEAD
+                    if future < steps:
+                        prefetch_x(pn * BN, future * 64, (pm % sharers == future % sharers).to(gl.int32))
+                    else:
+                        prefetch_x(nn * BN, (future - steps) * 64, ((nm % sharers == future % sharers) & (t + stride < num_m * num_n)).to(gl.int32))
                 mbar_wait(BARRIERS + (STAGES + s) * 8, phase)
                 load_stage(RING + s * STAGE, BARRIERS + s * 8, pm * BM, pn * BN + rank * (BN // CLUSTER), step * 32, step * 64, rank,
-                           BM, BN, CLUSTER, HINTS)
+                           BM, BN, CLUSTER, HINTS, DIAG)
                 s += 1
                 if s == STAGES:
                     s = 0
@@ -113,10 +127,12 @@ def _words(meta_ptr, row, step, steps, tid):
 def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.constexpr, BM: gl.constexpr,
                         BN: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
                         Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, SHIFT: gl.constexpr,
-                        CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, HINTS: gl.constexpr):
+                        CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, HINTS: gl.constexpr, PACE: gl.constexpr, DIAG: gl.constexpr):
     """Warpgroup WG: rows [WG * BLOCKS * 64, (WG + 1) * BLOCKS * 64) of the tile."""
     ROWS: gl.constexpr = WG * BLOCKS * 64
     CHUNKS: gl.constexpr = BN // 2 // CHUNK
+    PARTS: gl.constexpr = PACE
+    PART_TOKENS: gl.constexpr = Y_TOKENS // PACE
     EMPTY: gl.constexpr = BARRIERS + STAGES * 8
     # The accumulator is [thread, register], no MMA layout: per-thread scalars broadcast along a row, and every operand of the inline
     # PTX has one shape.
@@ -134,6 +150,9 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
     x0, x1, x2, x3 = _words(meta_ptr, row, 0, steps, tid)
     y0, y1, y2, y3 = _words(meta_ptr, row + second, 0, steps, tid)
     slot = 0
+    part = PARTS              # parts of the output buffer whose store has been started: all
+    out_row = 0
+    out_token = 0
     for t in range(start, tiles, stride):
         nm, _ = _tile(gl.minimum(t + stride, tiles - 1), num_m, num_n, GROUP)
         next_row = (_row_tile(nm, CLUSTER) * (BM // 64) + WG * BLOCKS) * steps * 128
@@ -154,6 +173,9 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
                 x = x0 if v == 0 else (x1 if v == 1 else (x2 if v == 2 else x3))
                 y = y0 if v == 0 else (y1 if v == 1 else (y2 if v == 2 else y3))
                 accs = _multiply(accs, x, y, slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
+                if PACE > 1:
+                    store_start(part, Y_OFFSET, out_row, out_token, PARTS, PART_TOKENS, HINTS, DIAG)
+                    part = gl.minimum(part + 1, PARTS)
                 if SHIFT == v + 1 and WG == 0:
                     if (step == 0) & (steps >= STAGES):
                         shift_arrive()
@@ -181,17 +203,28 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
             y0, y1, y2, y3 = r0, r1, r2, r3
         pm, pn = _tile(t, num_m, num_n, GROUP)
         pm = _row_tile(pm, CLUSTER)
+        for c in range(part, PARTS):                  # a short tile: what its steps did not start
+            store_start(c, Y_OFFSET, out_row, out_token, PARTS, PART_TOKENS, HINTS, DIAG)
+        out_token = pn * BN
         for block in gl.static_range(BLOCKS):
             out_row = pm * BM + ROWS + block * 64
+            bias = ()
             if HAS_BIAS:
                 low = out_row + tid // 32 * 16 + tid % 32 // 4          # the D fragment's rows: 16 a warp, g and g + 8 a lane
                 b0 = gl.load(bias_ptr + low, mask=low < n_out, other=0.0).to(gl.float32)
                 b1 = gl.load(bias_ptr + low + 8, mask=low + 8 < n_out, other=0.0).to(gl.float32)
-                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN, (gl.expand_dims(b0, 1), gl.expand_dims(b1, 1)),
-                                   WG, DTYPE, HINTS)
-            else:
-                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN, (), WG, DTYPE, HINTS)
+                bias = (gl.expand_dims(b0, 1), gl.expand_dims(b1, 1))
+            for first in gl.static_range(0, BN, Y_TOKENS):
+                store_wait(WG)
+                accs = store_write(accs, block, CHUNKS, first, Y_TOKENS, Y_OFFSET, bias, WG, DTYPE, DIAG)
+                if block < BLOCKS - 1 or first + Y_TOKENS < BN or PACE == 1:
+                    for c in gl.static_range(PARTS):
+                        store_start(c, Y_OFFSET, out_row, out_token + first, PARTS, PART_TOKENS, HINTS, DIAG)
+        out_token += BN - Y_TOKENS
+        part = PARTS if PACE == 1 else 0
         row = next_row
+    for c in range(part, PARTS):
+        store_start(c, Y_OFFSET, out_row, out_token, PARTS, PART_TOKENS, HINTS, DIAG)
     store_drain()
     if CLUSTER > 1:
         cluster_sync()
@@ -201,7 +234,8 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
 def chts_spmm_sm90(w_desc, x_desc, y_desc, meta_ptr, bias_ptr, n_out, steps, num_m, num_n, BM: gl.constexpr, BN: gl.constexpr,
                    WARPGROUPS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
                    Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr, SHIFT: gl.constexpr,
-                   CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, HINTS: gl.constexpr):
+                   CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, HINTS: gl.constexpr, PACE: gl.constexpr, DIAG: gl.constexpr, AHEAD: gl.constexpr, MMA_REGS: gl.constexpr,
+                   LOAD_REGS: gl.constexpr):
     """steps: 64-column steps of K; num_m counts row tiles of CLUSTER * BM rows. Shared memory from RING on: STAGES of (X tile, W tile),
     an output buffer per warpgroup at Y_OFFSET, and at BARRIERS a full and an empty mbarrier per stage."""
     for i in gl.static_range(STAGES):
@@ -212,14 +246,14 @@ def chts_spmm_sm90(w_desc, x_desc, y_desc, meta_ptr, bias_ptr, n_out, steps, num
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
-                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE, HINTS)),
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE, HINTS, PACE, DIAG)),
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 1, BM, BN, BLOCKS, STAGES, RING,
-                                   Y_OFFSET + Y_TOKENS * 128, Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE, HINTS)),
-            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS)),
-        ], [4, 4], [240, 24])
+                                   Y_OFFSET + Y_TOKENS * 128, Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE, HINTS, PACE, DIAG)),
+            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS, AHEAD, DIAG)),
+        ], [4, 4], [MMA_REGS, LOAD_REGS])
     else:
         gl.warp_specialize([
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
-                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE, HINTS)),
-            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS)),
-        ], [4], [24])
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, SHIFT, CHUNK, HAS_BIAS, DTYPE, HINTS, PACE, DIAG)),
+            (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS, AHEAD, DIAG)),
+        ], [4], [LOAD_REGS])

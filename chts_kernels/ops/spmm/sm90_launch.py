@@ -42,8 +42,8 @@ def compile_config(config: Sm90Config, dtype: torch.dtype, bias: torch.dtype | N
     constants = {"BM": config.bm, "BN": config.bn, "WARPGROUPS": config.warpgroups, "BLOCKS": config.blocks, "STAGES": config.stages,
                  "RING": RESERVED, "Y_OFFSET": config.store_offset, "Y_TOKENS": config.store_tokens,
                  "BARRIERS": config.barrier_offset, "GROUP": config.group, "CLUSTER": config.cluster, "SHIFT": config.shift,
-                 "CHUNK": config.chunk, "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype], "HINTS": config.hints}
-    compiled = compile_kernel(chts_spmm_sm90, signature, constants)
+                 "CHUNK": config.chunk, "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype], "HINTS": config.hints, "PACE": config.pace, "DIAG": config.diag, "AHEAD": config.ahead, "MMA_REGS": config.mma_regs, "LOAD_REGS": config.load_regs}
+    compiled = compile_kernel(chts_spmm_sm90, signature, constants, **({"maxnreg": 80} if config.occupancy == 2 else {}))
     check_ptx(compiled.asm["ptx"], int(compiled.metadata.shared), config)
     return compiled
 
@@ -99,14 +99,14 @@ def multiprocessors(device: int) -> int:
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def _map(pointer: int, rows: int, columns: int, row_bytes: int, box_rows: int, box_columns: int) -> int:
+def _map(pointer: int, rows: int, columns: int, row_bytes: int, box_rows: int, box_columns: int, promotion: int = 128) -> int:
     """Address of a cached tensor map; a box row is as long as its swizzle. The cache starts over when full: a map costs 3 us."""
-    key = (pointer, rows, columns, row_bytes, box_rows, box_columns)
+    key = (pointer, rows, columns, row_bytes, box_rows, box_columns, promotion)
     found = _MAPS.get(key)
     if found is None:
         if len(_MAPS) >= _MAPS_LIMIT:
             _MAPS.clear()
-        found = _MAPS[key] = TensorMap(pointer, rows, columns, row_bytes, (box_rows, box_columns), box_columns * 2)
+        found = _MAPS[key] = TensorMap(pointer, rows, columns, row_bytes, (box_rows, box_columns), box_columns * 2, promotion)
     return found.address
 
 
@@ -118,13 +118,14 @@ def plan(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, b
     kernel = load(config, dtype, bias, device)
     rows_m, bn = config.bm * config.cluster, config.bn
     tiles_m, tiles_n = -(-out_features // rows_m), -(-tokens // bn)
-    grid = min(tiles_m * tiles_n, multiprocessors(device) // config.cluster) * config.cluster
+    grid = min(tiles_m * tiles_n, multiprocessors(device) * config.occupancy // config.cluster) * config.cluster
     fixed = ((PARAM_ROWS, out_features), (PARAM_STEPS, -(-in_features // 64)), (PARAM_TILES_M, tiles_m), (PARAM_TILES_N, tiles_n))
-    bm, x_box, y_box, half, launch_kernel = config.bm, bn // config.cluster, config.store_tokens, in_features // 2, kernel.launch
+    promotion = config.promotion
+    bm, x_box, y_box, half, launch_kernel = config.bm, bn // config.cluster, config.store_tokens // config.pace, in_features // 2, kernel.launch
 
     def launch(x: int, x_bytes: int, values: int, values_bytes: int, y: int, y_bytes: int, meta: int, bias_at: int, stream: int) -> None:
-        maps = ((PARAM_W, _map(values, out_features, half, values_bytes, bm, 32)),
-                (PARAM_X, _map(x, tokens, in_features, x_bytes, x_box, 64)),
+        maps = ((PARAM_W, _map(values, out_features, half, values_bytes, bm, 32, promotion)),
+                (PARAM_X, _map(x, tokens, in_features, x_bytes, x_box, 64, promotion)),
                 (PARAM_Y, _map(y, tokens, out_features, y_bytes, y_box, 64)))
         launch_kernel(grid, stream, maps, (*fixed, (PARAM_META, meta), (PARAM_BIAS, bias_at)))
 

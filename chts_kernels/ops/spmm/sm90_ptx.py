@@ -108,7 +108,7 @@ def prefetch_maps(_semantic=None):
 
 
 @builtin
-def load_stage(stage, full, row_w, row_x, k_w, k_x, rank, BM, BN, CLUSTER, HINTS, _semantic=None):
+def load_stage(stage, full, row_w, row_x, k_w, k_x, rank, BM, BN, CLUSTER, HINTS, DIAG, _semantic=None):
     """One lane announces the stage's bytes, then copies W's tile [BM, 32] and X's [BN, 64]; in a cluster each CTA copies its part of
     X's rows to all. W first: the other order costs 7 % sustained (KERNELS.md section 5)."""
     bm, bn, cluster = unwrap(BM), unwrap(BN), unwrap(CLUSTER)
@@ -122,7 +122,24 @@ def load_stage(stage, full, row_w, row_x, k_w, k_x, rank, BM, BN, CLUSTER, HINTS
            f"add.u32 d, base, {bn * 128}; {copy}{hint_w} [d], [tw, {{$5, $3}}], [bar]{policy_w};"
            f"mad.lo.u32 d, $7, {bn // cluster * 128}, base; {copy}{multicast}{hint_x} [d], [tx, {{$6, $4}}], [bar]{mask}{policy_x};"
            "mov.b32 $0, 0; }")
+    if unwrap(DIAG) & 4:
+        asm = "{ .reg .pred p; .reg .b32 bar; mov.u32 bar, global_smem; add.u32 bar, bar, $2; elect.sync _|p, 0xffffffff; @p mbarrier.arrive.shared::cta.b64 _, [bar]; mov.b32 $0, 0; }"
     return asm_scalar(_semantic, asm, "=r" + ",r" * 7, [stage, full, row_w, row_x, k_w, k_x, rank])
+
+
+@builtin
+def prefetch_x(row_x, k_x, yes, _semantic=None):
+    """One lane asks L2 for the X tile at (row_x, k_x) if `yes`."""
+    asm = (f"{{ .reg .pred p, q; .reg .b64 tx; {_map_address('tx', PARAM_X)} elect.sync _|p, 0xffffffff; setp.ne.u32 q, $3, 0; and.pred p, p, q;"
+           "@p cp.async.bulk.prefetch.tensor.2d.L2.global [tx, {$2, $1}]; mov.b32 $0, 0; }")
+    return asm_scalar(_semantic, asm, "=r,r,r,r", [row_x, k_x, yes])
+
+
+@builtin
+def prefetch_w(row_w, k_w, yes, _semantic=None):
+    asm = (f"{{ .reg .pred p, q; .reg .b64 tx; {_map_address('tx', PARAM_W)} elect.sync _|p, 0xffffffff; setp.ne.u32 q, $3, 0; and.pred p, p, q;"
+           "@p cp.async.bulk.prefetch.tensor.2d.L2.global [tx, {$2, $1}]; mov.b32 $0, 0; }")
+    return asm_scalar(_semantic, asm, "=r,r,r,r", [row_w, k_w, yes])
 
 
 # --- the product -----------------------------------------------------------------------------------------------------
@@ -182,46 +199,61 @@ def copies(x, COUNT, _semantic=None):
 
 # --- the epilogue ----------------------------------------------------------------------------------------------------
 @builtin
-def store_block(accs, BLOCK, CHUNKS, Y_TOKENS, y_offset, row, token, bias, WG, DTYPE, HINTS, _semantic=None):
-    """Store m64 block BLOCK (CHUNKS register tensors), transposed, in passes of Y_TOKENS tokens: wait until the previous copy has
-    read this warpgroup's buffer, write [tokens, 64 rows] with stmatrix.trans, start the TMA store and leave it running.
+def store_wait(WG, _semantic=None):
+    """The copies that this warpgroup started have read its buffer; all its threads know."""
+    asm = ("{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0;"
+           f"@p cp.async.bulk.wait_group.read 0; bar.sync {STORE_NAMED_BARRIER + unwrap(WG)}, 128; mov.b32 $0, 0; }}")
+    return asm_scalar(_semantic, asm, "=r")
 
-    The buffer has rows of 128 bytes in 128-byte swizzle. Lane l of a warp feeds row l % 8 of 8x8 matrix l / 8; the four matrices are
-    (tokens j, rows 0-7), (j, 8-15), (j + 1, 0-7), (j + 1, 8-15) of the warp's 16 rows, j counting groups of eight tokens.
+
+@builtin
+def store_start(part, y_offset, row, token, PARTS, TOKENS, HINTS, DIAG, _semantic=None):
+    """One thread starts the TMA store of part `part` (of PARTS, TOKENS tokens each) of the buffer at y_offset; nothing past the last."""
+    hint, policy = _hint(unwrap(HINTS)[2])
+    go = "" if unwrap(DIAG) & 1 else f"@p cp.async.bulk.tensor.2d.global.shared::cta.bulk_group{hint} [ty, {{$3, x}}], [s]{policy};"
+    asm = ("{ .reg .pred p; .reg .b32 t, s, x; .reg .b64 ty; mov.u32 t, %tid.x; and.b32 t, t, 127;"
+           f"setp.eq.u32 p, t, 0; setp.lt.and.u32 p, $1, {unwrap(PARTS)}, p;"
+           f"mov.u32 s, global_smem; add.u32 s, s, $2; mad.lo.u32 s, $1, {unwrap(TOKENS) * 128}, s; mad.lo.u32 x, $1, {unwrap(TOKENS)}, $4;"
+           f"{_map_address('ty', PARAM_Y)} {go} @p cp.async.bulk.commit_group; mov.b32 $0, 0; }}")
+    return asm_scalar(_semantic, asm, "=r,r,r,r,r", [part, y_offset, row, token])
+
+
+@builtin
+def store_write(accs, BLOCK, CHUNKS, FIRST, TOKENS, y_offset, bias, WG, DTYPE, DIAG, _semantic=None):
+    """Write tokens [FIRST, FIRST + TOKENS) of m64 block BLOCK (CHUNKS register tensors) to the buffer, transposed: [tokens, 64 rows], rows
+    of 128 bytes in 128-byte swizzle, by stmatrix.trans; visible to the copy engine and to the warpgroup on return.
+
+    Lane l of a warp feeds row l % 8 of 8x8 matrix l / 8; the four matrices are (tokens j, rows 0-7), (j, 8-15), (j + 1, 0-7),
+    (j + 1, 8-15) of the warp's 16 rows, j counting groups of eight tokens.
     bias: () or two float32 [128, 1], of rows g and g + 8. The accumulators pass through, tied."""
     every, bias, block, chunks = list(accs), list(bias), unwrap(BLOCK), unwrap(CHUNKS)
-    part, tokens, barrier = every[block * chunks:(block + 1) * chunks], unwrap(Y_TOKENS), STORE_NAMED_BARRIER + unwrap(WG)
+    part, first, tokens, barrier = every[block * chunks:(block + 1) * chunks], unwrap(FIRST), unwrap(TOKENS), STORE_NAMED_BARRIER + unwrap(WG)
     pack = int(unwrap(part[0].shape[1]))
     regs = pack * chunks
-    offset, out_row, out_token, bias_low, bias_high = (f"${2 * regs + i * pack}" for i in range(5))
+    offset, bias_low, bias_high = (f"${2 * regs + i * pack}" for i in range(3))
     convert = "cvt.rn.bf16x2.f32" if unwrap(DTYPE) == "bf16" else "cvt.rn.f16x2.f32"
-    hint, policy = _hint(unwrap(HINTS)[2])
     lines = [
-        "{ .reg .pred p; .reg .b32 t, w, r, h, c, a, s, x, r0, r1, r2, r3; .reg .b64 ty; .reg .f32 f0, f1;",
-        f"mov.u32 t, %tid.x; and.b32 s, t, 127; setp.eq.u32 p, s, 0; mov.u32 a, global_smem; add.u32 s, a, {offset};",
+        "{ .reg .b32 t, w, r, h, c, a, x, r0, r1, r2, r3; .reg .f32 f0, f1;",
+        f"mov.u32 t, %tid.x; mov.u32 a, global_smem; add.u32 a, a, {offset};",
         "shr.u32 w, t, 5; and.b32 w, w, 3; and.b32 r, t, 7; shr.u32 h, t, 3; and.b32 h, h, 1; shr.u32 x, t, 4; and.b32 x, x, 1;",
         "shl.b32 c, w, 1; or.b32 c, c, h; xor.b32 c, c, r; shl.b32 c, c, 4; shl.b32 r, r, 7; shl.b32 x, x, 10;",
-        "add.u32 a, s, c; add.u32 a, a, r; add.u32 a, a, x;", _map_address("ty", PARAM_Y),
+        "add.u32 a, a, c; add.u32 a, a, r; add.u32 a, a, x;",
     ]
-    for first in range(0, 2 * regs, tokens):
-        lines.append(f"@p cp.async.bulk.wait_group.read 0; bar.sync {barrier}, 128;")
-        for j in range(first // 8, (first + tokens) // 8, 2):
-            for i, (jj, half) in enumerate([(j, 0), (j, 1), (j + 1, 0), (j + 1, 1)]):
-                low, high = f"${4 * jj + 2 * half}", f"${4 * jj + 2 * half + 1}"
-                if bias:
-                    b = bias_high if half else bias_low
-                    lines.append(f"add.f32 f0, {low}, {b}; add.f32 f1, {high}, {b};")
-                    low, high = "f0", "f1"
-                lines.append(f"{convert} r{i}, {high}, {low};")
-            lines.append(f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [a+{(j - first // 8) * 1024}], {{r0, r1, r2, r3}};")
-        lines.append(f"fence.proxy.async.shared::cta; bar.sync {barrier}, 128; add.u32 x, {out_token}, {first};")
-        lines.append(f"@p cp.async.bulk.tensor.2d.global.shared::cta.bulk_group{hint} [ty, {{{out_row}, x}}], [s]{policy};")
-        lines.append("@p cp.async.bulk.commit_group;")
+    for j in range(first // 8, (first + tokens) // 8, 2) if not unwrap(DIAG) & 2 else range(0):
+        for i, (jj, half) in enumerate([(j, 0), (j, 1), (j + 1, 0), (j + 1, 1)]):
+            low, high = f"${4 * jj + 2 * half}", f"${4 * jj + 2 * half + 1}"
+            if bias:
+                b = bias_high if half else bias_low
+                lines.append(f"add.f32 f0, {low}, {b}; add.f32 f1, {high}, {b};")
+                low, high = "f0", "f1"
+            lines.append(f"{convert} r{i}, {high}, {low};")
+        lines.append(f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [a+{(j - first // 8) * 1024}], {{r0, r1, r2, r3}};")
+    lines.append(f"fence.proxy.async.shared::cta; bar.sync {barrier}, 128; }}")
     like = part[0]
-    extra = [_semantic.splat(_semantic.to_tensor(v), like.shape, like.type.layout) for v in (y_offset, row, token)]
+    extra = [_semantic.splat(_semantic.to_tensor(y_offset), like.shape, like.type.layout)]
     extra += [_semantic.broadcast_impl_shape(b, like.shape) for b in bias]
-    constraints = _tied_constraints(regs) + ",r" * (3 * pack) + ",f" * (pack * len(bias))
-    new = asm_tied(_semantic, "\n".join([*lines, "}"]), constraints, part, extra, pack)
+    constraints = _tied_constraints(regs) + ",r" * pack + ",f" * (pack * len(bias))
+    new = asm_tied(_semantic, "\n".join(lines), constraints, part, extra, pack)
     return pack_tuple([*every[:block * chunks], *new, *every[(block + 1) * chunks:]])
 
 

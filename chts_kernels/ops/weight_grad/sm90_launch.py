@@ -7,6 +7,7 @@ import functools
 import itertools
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,36 +18,53 @@ from ...patterns import pattern_table
 from ..spmm.sm90_config import RESERVED
 from ..spmm.sm90_launch import PTX_DTYPE
 from ..spmm.sm90_launch import _map as cached_map
-from .sm90_config import COUNTERS, STEP, DwConfig, Work, why_illegal
+from .sm90_config import STEP, DwConfig, why_illegal
+from .sm90_schedule import COUNTERS, Work, table
 
 NAME = "chts_weight_grad_sm90"
 TRITON_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+COOPERATIVE = True
 PTX_OUT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 (
-    PARAM_DY, PARAM_X, PARAM_IDS, PARAM_LUT, PARAM_OUT, PARAM_WORKSPACE, PARAM_COUNTER, PARAM_ROWS, PARAM_COLUMNS, PARAM_TILES_M,
-    PARAM_TILES_N, PARAM_BLOCKS, PARAM_SPLIT,
-) = 0, 5, *range(10, 21)  # fmt: skip
+    PARAM_DY, PARAM_X, PARAM_IDS, PARAM_LUT, PARAM_OUT, PARAM_WORKSPACE, PARAM_COUNTER, PARAM_STARTS, PARAM_PIECES, PARAM_STAMP,
+    PARAM_ROWS, PARAM_COLUMNS,
+) = 0, 5, *range(10, 20)  # fmt: skip
 
 
 # --- build -----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Variant:
+    """What a kernel is compiled for. wide: K % 8 == 0, so that compressed rows take stores of 8 (n = 1: 4) bytes."""
+
+    config: DwConfig
+    split: bool = False
+    n: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    out_dtype: torch.dtype = torch.float32
+    accumulate: bool = False
+    wide: bool = True
+
+
 @functools.cache
-def compile_config(config: DwConfig, split: bool, n: int, dtype: torch.dtype, out_dtype: torch.dtype, accumulate: bool) -> Any:
-    """Triton's compiled kernel of one configuration; needs no device, raises ValueError for an illegal configuration."""
+def compile_variant(variant: Variant) -> Any:
+    """Triton's compiled kernel; needs no device, raises ValueError for an illegal configuration."""
     from ...gluon_compat import compile_kernel, gl
     from .sm90_kernel import chts_weight_grad_sm90
 
-    reason = why_illegal(config, split)
+    config = variant.config
+    reason = why_illegal(config, variant.split)
     if reason is not None:
         raise ValueError(f"config: {reason}, got {config}")
     # the type only makes Triton pass a tensor map; box and swizzle are set where the map is made
     desc = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)!r}>"
-    signature = {"dy_desc": desc, "x_desc": desc, "ids_ptr": "*u8", "lut_ptr": "*i32", "out_ptr": "*" + TRITON_DTYPE[out_dtype]}
-    signature |= {"ws_ptr": "*fp32", "counter_ptr": "*i32"}
-    signature |= dict.fromkeys(("num_rows", "num_cols", "num_m", "num_n", "blocks", "split_tiles"), "i32")
-    constants = {"MB": config.bm // 128, "BN": config.bn, "STAGES": config.stages, "RING": RESERVED, "BARRIERS": config.barriers}
-    constants |= {"GROUP": config.group, "CL": config.cluster, "SPLIT": split, "NL": n, "DT": PTX_DTYPE[dtype]}
-    constants |= {"OUT": PTX_OUT[out_dtype], "ACCUMULATE": accumulate, "CHUNK": config.chunk, "LAG": config.lag}
-    compiled = compile_kernel(chts_weight_grad_sm90, signature, constants)
+    signature = {"dy_desc": desc, "x_desc": desc, "ids_ptr": "*u8", "lut_ptr": "*i64", "out_ptr": "*" + TRITON_DTYPE[variant.out_dtype]}
+    signature |= {"ws_ptr": "*fp32", "counter_ptr": "*i32", "starts_ptr": "*i32", "pieces_ptr": "*i32", "stamp_ptr": "*i64"}
+    signature |= {"num_rows": "i32", "num_cols": "i32"}
+    constants = {"RING": RESERVED, "SELECTORS": config.selectors, "BARRIERS": config.barriers, "MB": config.bm // 128, "BN": config.bn}
+    constants |= {"STAGES": config.stages, "CL": config.cluster, "SPLIT": variant.split, "NL": variant.n, "DT": PTX_DTYPE[variant.dtype]}
+    constants |= {"OUT": PTX_OUT[variant.out_dtype], "ACCUMULATE": variant.accumulate, "WIDE": variant.wide, "CHUNK": config.chunk}
+    constants |= {"LAG": config.lag, "STAMP": config.stamp}
+    compiled = compile_kernel(chts_weight_grad_sm90, signature, constants, num_warps=8)
     check_ptx(compiled.asm["ptx"], int(compiled.metadata.shared), config)
     return compiled
 
@@ -58,7 +76,7 @@ def check_ptx(ptx: str, triton_shared: int, config: DwConfig) -> None:
     own = [int(offset) for offset in re.findall(r"global_smem\+(\d+)", ptx)]
     guards = [
         (maps == [PARAM_DY, PARAM_X], f"tensor maps must be parameters {PARAM_DY}, {PARAM_X}, got {maps}"),
-        (kinds[PARAM_IDS : PARAM_SPLIT + 1] == ["u64"] * 5 + ["u32"] * 6, f"scalar parameters changed: {kinds}"),
+        (kinds[PARAM_IDS : PARAM_COLUMNS + 1] == ["u64"] * 8 + ["u32"] * 2, f"scalar parameters changed: {kinds}"),
         (triton_shared <= RESERVED, f"Triton's own shared memory must fit {RESERVED} bytes, got {triton_shared}"),
         (all(offset < RESERVED for offset in own), f"Triton must stay below global_smem + {RESERVED}, got {own}"),
         (f"wgmma.mma_async.sync.aligned.m64n{config.bn}k16" in ptx, "wgmma must be present"),
@@ -68,15 +86,8 @@ def check_ptx(ptx: str, triton_shared: int, config: DwConfig) -> None:
             raise RuntimeError(f"chts sm_90 weight gradient, {config.name}: {message}")
 
 
-def check_compiled(
-    config: DwConfig,
-    split: bool,
-    n: int = 2,
-    dtype: torch.dtype = torch.bfloat16,
-    out_dtype: torch.dtype = torch.float32,
-    accumulate: bool = False,
-) -> dict[str, int]:
-    """Build one configuration and hold it to every guard: those of `check_ptx`, no spill, no serialised wgmma (ptxas C75xx).
+def check_compiled(variant: Variant) -> dict[str, int]:
+    """Build one variant and hold it to every guard: those of `check_ptx`, no spill, no serialised wgmma (ptxas C75xx).
 
     Returns registers a thread at entry and bytes of shared memory. Needs no device.
 
@@ -85,14 +96,12 @@ def check_compiled(
     """
     from ...gluon_compat import ptxas_log
 
-    log = ptxas_log(compile_config(config, split, n, dtype, out_dtype, accumulate).asm["ptx"])
+    log = ptxas_log(compile_variant(variant).asm["ptx"])
     warnings = re.findall(r"C7\d\d\d.*", log)
     spills = [int(count) for count in re.findall(r"(\d+) bytes spill", log)]
     if warnings or any(spills):
-        raise RuntimeError(
-            f"chts sm_90 weight gradient, {config.name}: ptxas must neither warn nor spill, got {warnings}, spilled bytes {spills}"
-        )
-    return {"registers": int(re.search(r"Used (\d+) registers", log).group(1)), "shared": config.shared_bytes}
+        raise RuntimeError(f"chts sm_90 weight gradient, {variant}: ptxas must neither warn nor spill, got {warnings}, {spills} bytes")
+    return {"registers": int(re.search(r"Used (\d+) registers", log).group(1)), "shared": variant.config.shared_bytes}
 
 
 class _CooperativeFrame(cuda_driver._Frame):
@@ -107,31 +116,30 @@ class _CooperativeFrame(cuda_driver._Frame):
 
 
 @functools.cache
-def load(
-    config: DwConfig, split: bool, n: int, dtype: torch.dtype, out_dtype: torch.dtype, accumulate: bool, device: int
-) -> cuda_driver.Kernel:
+def load(variant: Variant, device: int) -> cuda_driver.Kernel:
     """The kernel on a device."""
-    compiled = compile_config(config, split, n, dtype, out_dtype, accumulate)
-    ptx = compiled.asm["ptx"]
+    compiled = compile_variant(variant)
+    ptx, config = compiled.asm["ptx"], variant.config
     threads = int(re.search(r"\.reqntid (\d+)", ptx).group(1))
     kinds = cuda_driver.parameters(ptx, NAME)
     kernel = cuda_driver.Kernel(compiled.asm["cubin"], NAME, kinds, threads, config.shared_bytes, config.cluster, device)
-    if split:
+    if variant.split and COOPERATIVE:
         kernel._frame = _CooperativeFrame(kernel)
     return kernel
 
 
 # --- tables and counters ---------------------------------------------------------------------------------------------
-def selector_codes(n: int) -> np.ndarray:
-    """int32 [P]: row r's links of a pattern at bits 4r..4r+3: first column | second column << 2 (n = 1: the column)."""
-    columns = pattern_table(n).columns.astype(np.int32)  # [P, 4, n]
-    code = columns[..., 0] | (columns[..., 1] << 2 if n == 2 else 0)
-    return (code << (4 * np.arange(4))).sum(axis=1).astype(np.int32)
+def selector_table(n: int) -> np.ndarray:
+    """int64 [P]: the selectors of an even lane (see sm90_ptx.py), row r's in the r-th 16 bits: byte s is 0x22 * column of link s + 0x10."""
+    columns = pattern_table(n).columns.astype(np.int64)  # [P, 4, n]
+    bytes_ = columns * 0x22 + 0x10
+    rows = bytes_[..., 0] | (bytes_[..., 1] << 8 if n == 2 else 0)
+    return (rows << (16 * np.arange(4))).sum(axis=1)
 
 
 @functools.cache
-def _codes(n: int, device: int) -> torch.Tensor:
-    return torch.from_numpy(selector_codes(n)).to(f"cuda:{device}")
+def _selectors(n: int, device: int) -> torch.Tensor:
+    return torch.from_numpy(selector_table(n)).to(f"cuda:{device}")
 
 
 class _Counters:
@@ -160,6 +168,7 @@ class _Counters:
 
 
 _COUNTERS: dict[int, _Counters] = {}
+_CAPTURED: set[torch.Tensor] = set()  # lists of pieces that captured graphs read (tensors hash by identity)
 
 
 def counters(device: int, stream: int) -> tuple[int, torch.Tensor | None]:
@@ -177,31 +186,44 @@ def counters(device: int, stream: int) -> tuple[int, torch.Tensor | None]:
 
 # --- launch ----------------------------------------------------------------------------------------------------------
 @functools.lru_cache(maxsize=4096)
+def _lists(tiles_m: int, tiles_n: int, blocks: int, work: Work, device: int) -> tuple[torch.Tensor, int, int]:
+    """The lists of pieces on a device, the offset of the second in bytes, the number of slots."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("weight_grad: the first call with new sizes copies its schedule to the device; make it before capturing a graph")
+    starts, pieces, slots = table(tiles_m, tiles_n, blocks, work)
+    lists = torch.from_numpy(np.concatenate([starts.reshape(-1), pieces.reshape(-1)])).to(f"cuda:{device}")
+    torch.cuda.current_stream(device).synchronize()  # other streams use it without waiting
+    return lists, 4 * starts.size, slots
+
+
+@functools.lru_cache(maxsize=4096)
 def plan(
     tokens: int, rows: int, columns: int, n: int, dtype: torch.dtype, out_dtype: torch.dtype, accumulate: bool, device: int, work: Work
 ) -> Callable[..., None]:
     """A function (dy, dy_row_bytes, x, x_row_bytes, ids, out, stream), addresses and integers, that launches one problem."""
     config = work.config
-    split = work.split_tiles > 0
-    kernel = load(config, split, n, dtype, out_dtype, accumulate, device)
     tiles_m, tiles_n = -(-rows // (config.bm * config.cluster)), -(-columns // config.bn)
+    lists, pieces_offset, slots = _lists(tiles_m, tiles_n, -(-tokens // STEP), work, device)
+    split = slots > 0
+    kernel = load(Variant(config, split, n, dtype, out_dtype, accumulate, columns % 8 == 0), device)
     fixed = (
-        (PARAM_LUT, _codes(n, device).data_ptr()), (PARAM_ROWS, rows // 4), (PARAM_COLUMNS, columns // 4), (PARAM_TILES_M, tiles_m),
-        (PARAM_TILES_N, tiles_n), (PARAM_BLOCKS, -(-tokens // STEP)), (PARAM_SPLIT, work.split_tiles),
+        (PARAM_LUT, _selectors(n, device).data_ptr()), (PARAM_ROWS, rows // 4), (PARAM_COLUMNS, columns // 4),
+        (PARAM_STARTS, lists.data_ptr()), (PARAM_PIECES, lists.data_ptr() + pieces_offset),
     )  # fmt: skip
     grid, launch_kernel = work.ctas * config.cluster, kernel.launch
-    # a slot for every (CTA, tile) pair that can meet: their sum numbers them
-    partials = (work.ctas + work.split_tiles) * config.bm * config.bn * n // 4
+    partials = slots * config.bm * config.bn * n // 4
 
-    def launch(dy: int, dy_bytes: int, x: int, x_bytes: int, ids: int, out: int, stream: int) -> None:
+    def launch(dy: int, dy_bytes: int, x: int, x_bytes: int, ids: int, out: int, stream: int, stamps: int = 0) -> None:
         maps = (
             (PARAM_DY, cached_map(dy, tokens, rows, dy_bytes, STEP, 64)),
             (PARAM_X, cached_map(x, tokens, columns, x_bytes, STEP, 64)),
         )
-        values = (*fixed, (PARAM_IDS, ids), (PARAM_OUT, out))
+        values = (*fixed, (PARAM_IDS, ids), (PARAM_OUT, out), (PARAM_STAMP, stamps))
+        if torch._C._cuda_isCurrentStreamCapturing():
+            _CAPTURED.add(lists)  # a graph keeps addresses, not tensors
         if not split:
             return launch_kernel(grid, stream, maps, values)
-        workspace = torch.empty(partials, dtype=torch.float32, device=f"cuda:{device}")
+        workspace = torch.empty(partials, dtype=torch.float32, device=lists.device)
         counter, _owner = counters(device, stream)
         return launch_kernel(grid, stream, maps, (*values, (PARAM_WORKSPACE, workspace.data_ptr()), (PARAM_COUNTER, counter)))
 

@@ -4,15 +4,19 @@ Conventions (shared-memory offsets, names of kernel parameters) and the barriers
 
 How an accumulator becomes compressed rows. In the fragment of wgmma m64nBN, lane ``4 g + q`` of warp w holds rows
 ``16 w + g`` and ``16 w + g + 8`` (h = 0, 1) and columns ``8 j + 2 q``, ``8 j + 2 q + 1``: a group of four columns lies in two
-neighbouring lanes. For each pair (j, j + 1) the even lane gives its columns of j + 1 and takes its neighbour's of j: two
-shuffles, after which each lane holds one whole group and picks its links by a four-bit code: bits 0-1 pick the first link
-(bit 1: received or own pair, bit 0: which of the pair), bits 2-3 the second. Eight codes fill a *selector* word.
-No shared memory, no barrier, and the links of a quad are neighbours in memory.
+neighbouring lanes. With p = q & 1 and u = q >> 1: for each pair of eights (j = 2 jj, 2 jj + 1) the even lane (p = 0) gives its
+columns of the second and takes its neighbour's of the first, after which each lane holds one whole group, number
+``4 jj + 2 p + u`` of its row, and picks the links.
+
+The choice is a 16-bit *selector*, the control word of ``prmt`` on (own pair, received pair) of 16-bit values: byte s takes
+link s, its nibbles ``2 i, 2 i + 1`` for column i; an odd lane owns the upper pair, so all its nibbles have bit 2 flipped.
+Results of 16 bits are one prmt; in float32 the same bits steer selects (bit 1 of a nibble: which of a pair; bit 2: whose).
+Selectors lie in shared memory in the order the threads read them: word jj of a thread holds those of h = 0 (low) and 1.
 """
 
 from __future__ import annotations
 
-from ...gluon_compat import DESC_PARAMS, asm_scalar, asm_tied, builtin, pack_tuple, unwrap
+from ...gluon_compat import DESC_PARAMS, asm_scalar, asm_tied, builtin, gl, pack_tuple, unwrap
 
 KERNEL = "chts_weight_grad_sm90"
 PARAM_DY, PARAM_X = 0, DESC_PARAMS
@@ -24,8 +28,50 @@ def _splat(sem, like, value):
     return sem.splat(sem.to_tensor(value), like.shape, like.type.layout)
 
 
+def _multi(sem, asm, constraints, args, count):
+    """Scalar inline asm with several int32 results."""
+    handles = [sem.to_tensor(a).handle for a in args]
+    call = sem.builder.create_inline_asm(asm, constraints, handles, [gl.int32.to_ir(sem.builder)] * count, False, 1)
+    return pack_tuple(gl.tensor(call.get_result(i), gl.int32) for i in range(count))
+
+
 def _ties(count):
     return ",".join(["=f"] * count + [str(i) for i in range(count)])
+
+
+# --- work ------------------------------------------------------------------------------------------------------------
+@builtin
+def warpgroup_index(_semantic=None):
+    """Index of the warpgroup in the CTA, uniform over the warp."""
+    asm = "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; shfl.sync.idx.b32 $0, t, 0, 31, -1; }"
+    return asm_scalar(_semantic, asm, "=r")
+
+
+@builtin
+def read4(ptr, index, _semantic=None):
+    """Four int32 at ptr + 4 * index (16-byte aligned), the same for every thread."""
+    asm = "{ .reg .b64 a; mul.wide.s32 a, $5, 16; add.s64 a, a, $4; ld.global.nc.v4.b32 {$0, $1, $2, $3}, [a]; }"
+    return _multi(_semantic, asm, "=r,=r,=r,=r,l,r", [ptr, index], 4)
+
+
+@builtin
+def prefetch_maps(_semantic=None):
+    """One lane fetches the tensor maps ahead of their first use."""
+    asm = "{ .reg .pred p; .reg .b64 t; elect.sync _|p, 0xffffffff;"
+    for index in (PARAM_DY, PARAM_X):
+        asm += f"mov.b64 t, {KERNEL}_param_{index}; cvta.param.u64 t, t; @p prefetch.tensormap [t];"
+    return asm_scalar(_semantic, asm + "mov.b32 $0, 0; }", "=r")
+
+
+@builtin
+def stamp(ptr, slot, _semantic=None):
+    """Profiling: the warpgroup's first thread stores the global timer."""
+    asm = (
+        "{ .reg .pred p; .reg .b32 t, x; .reg .b64 a, v; mov.u32 t, %tid.x; and.b32 x, t, 127; setp.eq.u32 p, x, 0; shr.u32 t, t, 7;"
+        "mov.u32 x, %ctaid.x; shl.b32 x, x, 1; add.u32 x, x, t; shl.b32 x, x, 4; add.u32 x, x, $2; mul.wide.u32 a, x, 8; add.u64 a, a, $1;"
+        "mov.u64 v, %globaltimer; @p st.global.u64 [a], v; mov.b32 $0, 0; }"
+    )
+    return asm_scalar(_semantic, asm, "=r,l,r", [ptr, slot])
 
 
 # --- copies ----------------------------------------------------------------------------------------------------------
@@ -92,178 +138,304 @@ def wgmma(accs, ab, MB, BM, BN, DT, _semantic=None):
 
 
 # --- links -----------------------------------------------------------------------------------------------------------
-# Thread coordinates: lane = 4 g + q of warp w; p = q & 1 (parity), u = q >> 1.
+# Thread coordinates: lane = 4 g + q of warp w of the warpgroup (w is scaled to rows); p and u as in the head of this file.
 _COORDS = (
     "mov.u32 t, %tid.x; and.b32 t, t, 127; and.b32 q, t, 3; and.b32 par, q, 1; shr.u32 u, q, 1;"
     "shr.u32 w, t, 5; shl.b32 w, w, 4; shr.u32 g, t, 2; and.b32 g, g, 7;"
 )
+_LINK_REGS = (
+    ".reg .pred podd, pu, pa, pb, ok, okb, ok0, ok1; .reg .f32 s0, s1, v0, v1, x, y, o0, o1, k0, k1, c0, c1;"
+    ".reg .b32 t, q, par, u, w, g, r, col, left, i0, i1, i2, i3, ia, ib, sel<16>; .reg .b64 a, a0, a1, e; .reg .b16 z, z1;"
+)
 
 
 @builtin
-def selectors(tid, ids_ptr, lut_ptr, row, col, num_rows, num_cols, BN, _semantic=None):
-    """Selector words of this thread for one m64 block: tuple of 4 int32 [128] (h = 0: jj 0-7, 8-15; h = 1: the same).
+def write_selectors(offset, ids_ptr, lut_ptr, row, col, num_rows, num_cols, MB, BN, _semantic=None):
+    """Warps 1-3 of the loader's group: selectors of the tile at (row, col) to shared memory.
 
-    tid: any int32 [128]. row, col: first row and column of the block; num_rows = N / 4, num_cols = K / 4 (positions outside
-    are clamped: their links are never stored). lut: int32 per id, row r's code at bits 4 r. An odd lane receives the lower
-    pair of columns where an even lane receives the upper one: bit 1 of each link's code flips.
+    num_rows = N / 4, num_cols = K / 4; blocks outside are clamped: their links are never stored. lut: 64 bits per id, the
+    selector of row r (for an even lane) in the r-th 16 bits. Layout: [m64 block][jj / 4][thread 256][jj % 4] words.
+    A step takes two pattern ids, eight rows apart: rows 4 b + r of both halves h make one word for each r.
     """
-    ids, lut, row0, col0, rows, cols = (f"${i}" for i in range(8, 14))
+    mb, bn = unwrap(MB), unwrap(BN)
+    groups = bn // 4
+    per_block = bn // 64 * 4096
+    asm = f"""{{ .reg .pred p; .reg .b32 t, i, c, pr, s, x, y, d, q, f, l0, h0, l1, h1, rl, cl; .reg .b64 a, b;
+    mov.u32 t, %tid.x; and.b32 t, t, 127; sub.u32 i, t, 32; sub.u32 rl, $6, 1; sub.u32 cl, $7, 1;
+    DW_SELECT:
+    div.u32 pr, i, {groups}; mul.lo.u32 x, pr, {groups}; sub.u32 c, i, x;
+    shr.u32 s, pr, 1; and.b32 pr, pr, 1; shr.u32 x, $4, 2; shl.b32 y, s, 2; add.u32 x, x, y; add.u32 x, x, pr;
+    shr.u32 y, $5, 2; add.u32 y, y, c; min.u32 y, y, cl; cvt.u64.u32 b, y; add.u64 b, b, $2; add.u32 y, x, 2;
+    min.u32 x, x, rl; min.u32 y, y, rl; mul.wide.u32 a, x, $7; add.u64 a, a, b; ld.global.nc.u8 x, [a];
+    mul.wide.u32 a, y, $7; add.u64 a, a, b; ld.global.nc.u8 y, [a];
+    mul.wide.u32 a, x, 8; add.u64 a, a, $3; ld.global.nc.v2.b32 {{l0, h0}}, [a];
+    mul.wide.u32 a, y, 8; add.u64 a, a, $3; ld.global.nc.v2.b32 {{l1, h1}}, [a];
+    bfe.u32 f, c, 1, 1; and.b32 q, c, 1; shl.b32 q, q, 1; or.b32 q, q, f; mul.lo.u32 f, f, 0x44444444;
+    xor.b32 l0, l0, f; xor.b32 h0, h0, f; xor.b32 l1, l1, f; xor.b32 h1, h1, f;
+    shl.b32 d, pr, 4; or.b32 d, d, q;"""
+    if mb == 1:
+        asm += "shl.b32 x, s, 5; add.u32 d, d, x; shl.b32 d, d, 4;"
+    else:  # slab s = (warpgroup, m64 block, warp)
+        asm += (
+            "shr.u32 x, s, 3; shl.b32 x, x, 2; and.b32 y, s, 3; or.b32 x, x, y; shl.b32 x, x, 5; add.u32 d, d, x; shl.b32 d, d, 4;"
+            f"bfe.u32 x, s, 2, 1; mad.lo.u32 d, x, {per_block}, d;"
+        )
+    asm += f"""shr.u32 x, c, 4; shl.b32 x, x, 12; add.u32 d, d, x; bfe.u32 x, c, 2, 2; shl.b32 x, x, 2; add.u32 d, d, x;
+    mov.u32 x, global_smem; add.u32 d, d, x; add.u32 d, d, $1;
+    prmt.b32 x, l0, l1, 0x5410; st.shared.b32 [d], x; prmt.b32 x, l0, l1, 0x7632; st.shared.b32 [d+64], x;
+    prmt.b32 x, h0, h1, 0x5410; st.shared.b32 [d+128], x; prmt.b32 x, h0, h1, 0x7632; st.shared.b32 [d+192], x;
+    add.u32 i, i, 96; setp.lt.u32 p, i, {mb * 16 * groups};
+    @p bra DW_SELECT;
+    bar.warp.sync -1; mov.b32 $0, 0; }}"""
+    args = [offset, ids_ptr, lut_ptr, row, col, num_rows, num_cols]
+    return asm_scalar(_semantic, asm, "=r,r,l,l,r,r,r,r", args)
+
+
+def _read_selectors(bn, m, offset):
+    """This thread's words of m64 block m into sel0 ..."""
     lines = [
-        "{ .reg .b32 t, q, par, u, w, g, r, c, s, f, x, i, last, o<4>; .reg .b64 a, b;",
-        _COORDS,
-        f"and.b32 s, g, 3; shl.b32 s, s, 2; mul.lo.u32 f, par, 10; sub.u32 last, {cols}, 1; sub.u32 i, {rows}, 1;",
-        # column block of unit jj: 4 jj + 2 p + u
-        f"shr.u32 c, {col0}, 2; shl.b32 x, par, 1; add.u32 c, c, x; add.u32 c, c, u;",
-        "mov.b32 o0, 0; mov.b32 o1, 0; mov.b32 o2, 0; mov.b32 o3, 0;",
+        f"mov.u32 t, %tid.x; and.b32 t, t, 255; shl.b32 t, t, 4; mov.u32 r, global_smem; add.u32 r, r, t; add.u32 r, r, {offset};"
     ]
-    for h in range(2):
-        lines += [
-            f"add.u32 r, {row0}, w; add.u32 r, r, g; add.u32 r, r, {8 * h}; shr.u32 r, r, 2; min.u32 r, r, i;",
-            f"mul.wide.u32 a, r, {cols}; add.u64 a, a, {ids};",
-        ]
-        for jj in range(unwrap(BN) // 16):
-            word = f"o{2 * h + jj // 8}"
-            lines.append(
-                f"add.u32 x, c, {4 * jj}; min.u32 x, x, last; cvt.u64.u32 b, x; add.u64 b, b, a; ld.global.nc.u8 x, [b];"
-                f"mul.wide.u32 b, x, 4; add.u64 b, b, {lut}; ld.global.nc.u32 x, [b]; shr.u32 x, x, s; and.b32 x, x, 15;"
-                f"xor.b32 x, x, f; shl.b32 x, x, {4 * (jj % 8)}; or.b32 {word}, {word}, x;"
-            )
-    lines.append("mov.b32 $0, o0; mov.b32 $1, o1; mov.b32 $2, o2; mov.b32 $3, o3; }")
-    extra = [_splat(_semantic, tid, v) for v in (ids_ptr, lut_ptr, row, col, num_rows, num_cols)]
-    return asm_tied(_semantic, "\n".join(lines), "=r,=r,=r,=r,0,1,2,3,l,l,r,r,r,r", [tid] * 4, extra, 1)
+    for k in range(bn // 64):
+        names = ", ".join(f"sel{4 * k + i}" for i in range(4))
+        lines.append(f"ld.shared.v4.b32 {{{names}}}, [r+{(m * (bn // 64) + k) * 4096}];")
+    return "\n".join(lines)
 
 
-def _pick(jj, h, n, words):
-    """Links of unit (jj, h) into o0 (and o1 for n = 2)."""
+def _pick(jj, h, n):
+    """Links of unit (jj, h) in float32 into o0 (and o1 for n = 2)."""
     a = [f"${4 * j + 2 * h + c}" for j in (2 * jj, 2 * jj + 1) for c in (0, 1)]
-    word, bit = words[2 * h + jj // 8], 4 * (jj % 8)
     out = [
         f"selp.f32 s0, {a[0]}, {a[2]}, podd; selp.f32 s1, {a[1]}, {a[3]}, podd;"
         f"selp.f32 v0, {a[2]}, {a[0]}, podd; selp.f32 v1, {a[3]}, {a[1]}, podd;"
         "shfl.sync.bfly.b32 s0, s0, 1, 31, -1; shfl.sync.bfly.b32 s1, s1, 1, 31, -1;"
     ]
     for s in range(n):
+        bit = 16 * h + 8 * s
         out.append(
-            f"and.b32 t, {word}, {1 << (bit + 2 * s)}; setp.ne.u32 pa, t, 0;"
-            f"and.b32 t, {word}, {1 << (bit + 2 * s + 1)}; setp.ne.u32 pb, t, 0;"
+            f"and.b32 t, sel{jj}, {2 << bit}; setp.ne.u32 pa, t, 0; and.b32 t, sel{jj}, {4 << bit}; setp.ne.u32 pb, t, 0;"
             f"selp.f32 x, v1, v0, pa; selp.f32 y, s1, s0, pa; selp.f32 o{s}, y, x, pb;"
         )
     return "\n".join(out)
 
 
-_LINK_REGS = (
-    ".reg .pred podd, pa, pb, ok, ok0, ok1; .reg .f32 s0, s1, v0, v1, x, y, o0, o1, k0, k1, c0, c1;"
-    ".reg .b32 t, q, par, u, w, g, r, col, left; .reg .b64 a, a0, a1, e; .reg .b16 z;"
-)
+def _addresses(n, size, ptr, row, col, rows, cols, lane_col):
+    """a0, a1: address of the thread's rows g and g + 8 at its first column; ok0, ok1: rows that exist; left: columns left."""
+    return (
+        f"add.u32 r, {row}, w; add.u32 r, r, g; setp.lt.u32 ok0, r, {rows}; {lane_col} add.u32 col, t, {col}; sub.s32 left, {cols}, col;"
+        f"mul.wide.u32 a, r, {cols}; cvt.u64.u32 e, col; add.u64 a, a, e; mul.lo.u64 a, a, {size}; add.u64 a0, a, {ptr};"
+        f"add.u32 r, r, 8; setp.lt.u32 ok1, r, {rows}; mul.wide.u32 e, {cols}, {8 * size}; add.u64 a1, a0, e;"
+    )
 
 
-def _store_links_asm(bn, n, out, accumulate, base):
-    """base: first operand after the accumulators (each operand comes `pack` times; the list gives the first of each)."""
-    words, ptr, row, col, rows, cols = base[:4], *base[4:]
+def _lane_col(n):
+    """Compressed column of unit jj = 0: n * (2 p + u); unit jj adds 4 n jj."""
+    return f"shl.b32 t, par, 1; add.u32 t, t, u; mul.lo.u32 t, t, {n};"
+
+
+def _store_value(n, out, accumulate, at):
+    """o0 (, o1) of one unit to memory under `ok`."""
+    lines = []
+    half = out != "f32"
+    if accumulate and half and n == 2:
+        lines.append(f"@ok ld.global.b32 t, {at}; mov.b32 {{z, z1}}, t; cvt.f32.{out} c0, z; cvt.f32.{out} c1, z1;")
+    elif accumulate and half:
+        lines.append(f"@ok ld.global.b16 z, {at}; cvt.f32.{out} c0, z;")
+    elif accumulate:
+        lines.append(f"@ok ld.global.v2.f32 {{c0, c1}}, {at};" if n == 2 else f"@ok ld.global.f32 c0, {at};")
+    if accumulate:
+        lines.append("add.f32 o0, o0, c0;" + ("add.f32 o1, o1, c1;" if n == 2 else ""))
+    if half and n == 2:
+        lines.append(f"cvt.rn.{out}x2.f32 t, o1, o0; @ok st.global.b32 {at}, t;")
+    elif half:
+        lines.append(f"cvt.rn.{out}.f32 z, o0; @ok st.global.b16 {at}, z;")
+    else:
+        lines.append(f"@ok st.global.v2.f32 {at}, {{o0, o1}};" if n == 2 else f"@ok st.global.f32 {at}, o0;")
+    return "\n".join(lines)
+
+
+def _store_links_asm(bn, m, n, out, accumulate, offset, ptr, row, col, rows, cols):
+    """Through float32: any output type, accumulation. A quad's columns are neighbours: 32 bytes in float32."""
     size = 4 if out == "f32" else 2
-    lines = [
-        "{" + _LINK_REGS + _COORDS + "setp.ne.u32 podd, par, 0;",
-        f"add.u32 r, {row}, w; add.u32 r, r, g; setp.lt.u32 ok0, r, {rows};",
-        # compressed column of unit jj: n * (4 jj + 2 p + u)
-        f"shl.b32 t, par, 1; add.u32 t, t, u; mul.lo.u32 t, t, {n}; add.u32 col, t, {col}; sub.s32 left, {cols}, col;",
-        f"mul.wide.u32 a, r, {cols}; cvt.u64.u32 e, col; add.u64 a, a, e; mul.lo.u64 a, a, {size}; add.u64 a0, a, {ptr};",
-        f"add.u32 r, r, 8; setp.lt.u32 ok1, r, {rows}; mul.wide.u32 e, {cols}, {8 * size}; add.u64 a1, a0, e;",
-    ]
-    half = {"bf16": "bf16", "f16": "f16"}.get(out)
+    lines = ["{" + _LINK_REGS, _read_selectors(bn, m, offset), _COORDS + "setp.ne.u32 podd, par, 0;"]
+    lines.append(_addresses(n, size, ptr, row, col, rows, cols, _lane_col(n)))
     for jj in range(bn // 16):
         for h in range(2):
-            at = f"[a{h}+{4 * n * jj * size}]"
-            lines.append(_pick(jj, h, n, words))
-            lines.append(f"setp.gt.and.s32 ok, left, {4 * n * jj}, ok{h};")
-            if accumulate:
-                if half:
-                    if n == 2:
-                        lines.append(f"@ok ld.global.b32 t, {at};")
-                        if half == "bf16":
-                            lines.append("shl.b32 r, t, 16; mov.b32 c0, r; and.b32 r, t, 0xffff0000; mov.b32 c1, r;")
-                        else:
-                            lines.append("{ .reg .b16 i, j; mov.b32 {i, j}, t; cvt.f32.f16 c0, i; cvt.f32.f16 c1, j; }")
-                    else:
-                        lines.append(f"@ok ld.global.b16 z, {at}; cvt.f32.{half} c0, z;")
-                else:
-                    lines.append(f"@ok ld.global.v2.f32 {{c0, c1}}, {at};" if n == 2 else f"@ok ld.global.f32 c0, {at};")
-                lines.append("add.f32 o0, o0, c0;" + ("add.f32 o1, o1, c1;" if n == 2 else ""))
-            if half:
-                if n == 2:
-                    lines.append(f"cvt.rn.{half}x2.f32 t, o1, o0; @ok st.global.b32 {at}, t;")
-                else:
-                    lines.append(f"cvt.rn.{half}.f32 z, o0; @ok st.global.b16 {at}, z;")
-            else:
-                lines.append(f"@ok st.global.v2.f32 {at}, {{o0, o1}};" if n == 2 else f"@ok st.global.f32 {at}, o0;")
+            lines += [_pick(jj, h, n), f"setp.gt.and.s32 ok, left, {4 * n * jj}, ok{h};"]
+            lines.append(_store_value(n, out, accumulate, f"[a{h}+{4 * n * jj * size}]"))
     return "\n".join(lines) + "}"
 
 
-def _store_partial_asm(bn, n, base):
-    """Links in register order: float[2n] of chunk jj at ws + (jj * 128 + thread) * 8n."""
-    words, ptr = base[:4], base[4]
-    lines = [
-        "{" + _LINK_REGS + _COORDS + "setp.ne.u32 podd, par, 0;",
-        f"mul.wide.u32 a, t, {8 * n}; add.u64 a, a, {ptr};",
-    ]
+def _store_links16_asm(bn, m, n, out, wide, offset, ptr, row, col, rows, cols):
+    """16-bit output: convert, exchange pairs, prmt; then lanes u = 0, 1 exchange units jj = 2 i, 2 i + 1, so that each
+    holds two neighbouring groups and a quad's 16 n / 2 columns are neighbours. wide: rows are aligned to 4 n bytes."""
+    lines = ["{" + _LINK_REGS, _read_selectors(bn, m, offset), _COORDS + "setp.ne.u32 podd, par, 0; setp.ne.u32 pu, u, 0;"]
+    # first compressed column of the pair: n * (4 u + 2 p); pair i adds 8 n i
+    lane_col = f"shl.b32 t, u, 1; add.u32 t, t, par; mul.lo.u32 t, t, {2 * n};"
+    lines.append(_addresses(n, 2, ptr, row, col, rows, cols, lane_col))
+    for i in range(bn // 32):
+        for h in range(2):
+            for unit, name in ((2 * i, "ia"), (2 * i + 1, "ib")):
+                a = [f"${4 * j + 2 * h + c}" for j in (2 * unit, 2 * unit + 1) for c in (0, 1)]
+                select = f"sel{unit}"
+                if h:
+                    lines.append(f"shr.u32 {select}, {select}, 16;")
+                lines.append(
+                    f"cvt.rn.{out}x2.f32 i0, {a[1]}, {a[0]}; cvt.rn.{out}x2.f32 i1, {a[3]}, {a[2]};"
+                    "selp.b32 i2, i0, i1, podd; selp.b32 i3, i1, i0, podd; shfl.sync.bfly.b32 i2, i2, 1, 31, -1;"
+                    f"prmt.b32 {name}, i3, i2, {select};"
+                )
+            lines.append(
+                "selp.b32 i0, ia, ib, pu; shfl.sync.bfly.b32 i0, i0, 2, 31, -1; selp.b32 i1, i0, ia, pu; selp.b32 i2, ib, i0, pu;"
+                f"setp.gt.and.s32 ok, left, {8 * n * i}, ok{h};"
+            )
+            at = 16 * n * i
+            if n == 2 and wide:
+                lines.append(f"@ok st.global.v2.b32 [a{h}+{at}], {{i1, i2}};")
+            elif n == 2:
+                lines.append(f"@ok st.global.b32 [a{h}+{at}], i1; setp.gt.and.s32 ok, left, {8 * n * i + 2}, ok{h};")
+                lines.append(f"@ok st.global.b32 [a{h}+{at + 4}], i2;")
+            elif wide:
+                lines.append(f"prmt.b32 i1, i1, i2, 0x5410; @ok st.global.b32 [a{h}+{at}], i1;")
+            else:
+                lines.append(f"cvt.u16.u32 z, i1; @ok st.global.b16 [a{h}+{at}], z; setp.gt.and.s32 ok, left, {8 * n * i + 1}, ok{h};")
+                lines.append(f"cvt.u16.u32 z, i2; @ok st.global.b16 [a{h}+{at + 2}], z;")
+    return "\n".join(lines) + "}"
+
+
+def _store_partial_asm(bn, m, n, offset, ptr):
+    """Links in register order: float[2n] of unit jj (h = 0, then 1) at ptr + (jj * 128 + thread) * 8n."""
+    lines = ["{" + _LINK_REGS, _read_selectors(bn, m, offset), _COORDS + "setp.ne.u32 podd, par, 0;"]
+    lines.append(f"mul.wide.u32 a, t, {8 * n}; add.u64 a, a, {ptr};")
     for jj in range(bn // 16):
         at = f"[a+{jj * 128 * 8 * n}]"
-        lines += [_pick(jj, 0, n, words), "mov.b32 k0, o0;" + ("mov.b32 k1, o1;" if n == 2 else ""), _pick(jj, 1, n, words)]
+        lines += [_pick(jj, 0, n), "mov.b32 k0, o0;" + ("mov.b32 k1, o1;" if n == 2 else ""), _pick(jj, 1, n)]
         lines.append(f"st.global.v4.f32 {at}, {{k0, k1, o0, o1}};" if n == 2 else f"st.global.v2.f32 {at}, {{k0, o0}};")
     return "\n".join(lines) + "}"
 
 
-def _over_block(sem, every, m, count, make_asm, kinds, values):
-    """Run asm over the chunks of accumulators of m64 block m; operand i comes `pack` times with constraint kinds[i]."""
-    every = list(every)
-    accs = every[m * count : (m + 1) * count]
-    pack = int(unwrap(accs[0].shape[1]))
+def _over_block(sem, accs, m, bn, make_asm, kinds, values):
+    """Run asm over the accumulators of m64 block m; they pass through. Operand i comes `pack` times, constraint kinds[i]."""
+    every = list(accs)
+    count = bn // 2 // int(unwrap(every[0].shape[1]))
+    part = every[m * count : (m + 1) * count]
+    pack = int(unwrap(part[0].shape[1]))
     regs = pack * count
     first = [f"${2 * regs + i * pack}" for i in range(len(kinds))]
-    extra = [sem.broadcast_impl_shape(v, accs[0].shape) for v in values]
     constraints = ",".join([_ties(regs)] + [k for k in kinds for _ in range(pack)])
-    new = asm_tied(sem, make_asm(first), constraints, accs, extra, pack)
+    new = asm_tied(sem, make_asm(*first), constraints, part, [_splat(sem, part[0], v) for v in values], pack)
     return pack_tuple([*every[: m * count], *new, *every[(m + 1) * count :]])
 
 
 @builtin
-def store_links(accs, m, words, out_ptr, row, col, num_rows, num_cols, BN, NL, OUT, ACCUMULATE, _semantic=None):
-    """Links of m64 block m to the gradient [num_rows, num_cols]; row, col (compressed) of the block's corner."""
-    m, BN, n = unwrap(m), unwrap(BN), unwrap(NL)
-    every = list(accs)
-    count = BN // 2 // int(unwrap(every[0].shape[1]))
-    values = [_semantic.expand_dims(v, 1) for v in words]
-    values += [_splat(_semantic, every[0], v) for v in (out_ptr, row, col, num_rows, num_cols)]
-    make = lambda first: _store_links_asm(BN, n, unwrap(OUT), unwrap(ACCUMULATE), first)  # noqa: E731
-    return _over_block(_semantic, every, m, count, make, "rrrrlrrrr", values)
+def store_links(accs, M, offset, out_ptr, row, col, num_rows, num_cols, BN, NL, OUT, ACCUMULATE, WIDE, _semantic=None):
+    """Links of m64 block M to the gradient [num_rows, num_cols]; row, col (compressed) of the block's corner."""
+    m, bn, n, out, accumulate, wide = map(unwrap, (M, BN, NL, OUT, ACCUMULATE, WIDE))
+    off = unwrap(offset)
+
+    def make(*first):
+        if out == "f32" or accumulate:
+            return _store_links_asm(bn, m, n, out, accumulate, off, *first)
+        return _store_links16_asm(bn, m, n, out, wide, off, *first)
+
+    return _over_block(_semantic, accs, m, bn, make, "lrrrr", [out_ptr, row, col, num_rows, num_cols])
 
 
 @builtin
-def store_partial(accs, m, words, ptr, BN, NL, _semantic=None):
-    """Links of m64 block m, float32, in register order at ptr (an int64 address)."""
-    m, BN, n = unwrap(m), unwrap(BN), unwrap(NL)
-    every = list(accs)
-    count = BN // 2 // int(unwrap(every[0].shape[1]))
-    values = [_semantic.expand_dims(v, 1) for v in words] + [_splat(_semantic, every[0], ptr)]
-    return _over_block(_semantic, every, m, count, lambda first: _store_partial_asm(BN, n, first), "rrrrl", values)
+def store_partial(accs, M, offset, ptr, BN, NL, _semantic=None):
+    """Links of m64 block M, float32, in register order at ptr."""
+    m, bn, n, off = map(unwrap, (M, BN, NL, offset))
+    return _over_block(_semantic, accs, m, bn, lambda ptr: _store_partial_asm(bn, m, n, off, ptr), "l", [ptr])
 
 
 # --- reduction over the token splits -----------------------------------------------------------------------------------
+_WARPGROUP_BARRIER = "mov.u32 t, %tid.x; shr.u32 b, t, 7; add.u32 b, b, 12; and.b32 t, t, 127; setp.eq.u32 p, t, 0;"
+
+
 @builtin
-def counter_arrive(ptr, last, BAR, _semantic=None):
+def counter_arrive(ptr, last, _semantic=None):
     """After a warpgroup's stores (or loads): one increment of the counter, which wraps to 0 after `last`."""
     asm = (
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0;"
-        f"fence.acq_rel.gpu; bar.sync {unwrap(BAR)}, 128; @p red.release.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }}"
+        "{ .reg .pred p; .reg .b32 t, b;" + _WARPGROUP_BARRIER + "bar.sync b, 128;"
+        "@p fence.acq_rel.gpu; @p red.relaxed.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }"
     )
     return asm_scalar(_semantic, asm, "=r,l,r", [ptr, last])
 
 
 @builtin
 def counter_wait(ptr, count, _semantic=None):
-    """Every thread waits until the counter has reached `count`: all partials of the tile are visible to it."""
+    """The warpgroup waits until the counter has reached `count`: all partials of the tile are visible to it."""
     asm = (
-        "{ .reg .pred p; .reg .b32 v;\nDW_SPIN: ld.acquire.gpu.global.u32 v, [$1]; setp.lt.u32 p, v, $2;\n"
-        "@p bra DW_SPIN;\n mov.b32 $0, 0; }"
+        "{ .reg .pred p, more; .reg .b32 t, b, v;" + _WARPGROUP_BARRIER + "@!p bra DW_READY;\n"
+        "DW_SPIN: ld.relaxed.gpu.global.u32 v, [$1]; setp.lt.u32 more, v, $2;\n@more bra DW_SPIN;\n"
+        "fence.acq_rel.gpu;\nDW_READY: bar.sync b, 128; mov.b32 $0, 0; }"
     )
     return asm_scalar(_semantic, asm, "=r,l,r", [ptr, count])
 
+
+def _reduce_loop(label, C, P, n, slot_bytes, bn, out, accumulate):
+    """Units [c, c1) in steps of C, contributors in steps of P: C * P loads in flight, sums in contributor order."""
+    v = 2 * n
+    vec = f"v{v}"
+    lines = [f"{label}_UNIT:", "mov.u32 p, 0; mul.wide.u32 a, c, " + str(128 * 8 * n) + "; add.u64 a, a, src;"]
+    lines += [f"mov.f32 s{ci}_{k}, 0f00000000;" for ci in range(C) for k in range(v)]
+    lines.append(f"{label}_PART:")
+    lines += [f"add.u32 t, c, {ci}; setp.lt.u32 pc{ci}, t, cend;" for ci in range(C)]
+    for pi in range(P):
+        lines.append(f"add.u32 t, p, {pi}; setp.lt.u32 ok, t, count;")
+        for ci in range(C):
+            regs = ", ".join(f"d{ci}_{pi}_{k}" for k in range(v))
+            lines.append(f"and.pred l{ci}_{pi}, ok, pc{ci};")
+            lines.append(f"@l{ci}_{pi} ld.global.cg.{vec}.f32 {{{regs}}}, [a+{pi * slot_bytes + ci * 128 * 8 * n}];")
+    for ci in range(C):
+        for pi in range(P):
+            lines += [f"@l{ci}_{pi} add.f32 s{ci}_{k}, s{ci}_{k}, d{ci}_{pi}_{k};" for k in range(v)]
+    lines += [f"add.u32 p, p, {P}; add.u64 a, a, {P * slot_bytes}; setp.lt.u32 ok, p, count;", f"@ok bra {label}_PART;"]
+    size = 4 if out == "f32" else 2
+    for ci in range(C):
+        # unit c + ci: m64 block and jj
+        lines.append(
+            f"add.u32 t, c, {ci}; div.u32 x, t, {bn // 16}; mul.lo.u32 y, x, {bn // 16}; sub.u32 y, t, y; shl.b32 x, x, 6;"
+            f"mad.lo.u32 y, y, {4 * n}, col; setp.lt.and.u32 ok, y, cols, pc{ci}; add.u32 x, x, r;"
+        )
+        for h in range(2):
+            lines.append(
+                f"add.u32 t, x, {8 * h}; setp.lt.and.u32 okh, t, rows, ok; mul.wide.u32 a, t, cols; cvt.u64.u32 e, y;"
+                f"add.u64 a, a, e; mul.lo.u64 a, a, {size}; add.u64 a, a, dst;"
+            )
+            lines += [f"mov.f32 o{k}, s{ci}_{h * n + k};" for k in range(n)]
+            lines.append(_store_value(n, out, accumulate, "[a]").replace("@ok ", "@okh "))
+    lines += [f"add.u32 c, c, {C}; setp.lt.u32 ok, c, cend;", f"@ok bra {label}_UNIT;"]
+    return "\n".join(lines)
+
+
+@builtin
+def reduce_share(ws_ptr, out_ptr, row, col, count, c0, c1, num_rows, num_cols, MB, BN, NL, OUT, ACCUMULATE, _semantic=None):
+    """Units [c0, c1) of this warpgroup's links: add `count` partial tiles, store. ws_ptr: the first of them, this warpgroup's
+    part; row, col (compressed): corner of the warpgroup's rows of the tile."""
+    mb, bn, n, out, accumulate = map(unwrap, (MB, BN, NL, OUT, ACCUMULATE))
+    slot_bytes = 2 * mb * (bn // 16) * 128 * 8 * n
+    names = lambda C, P: " ".join(  # noqa: E731
+        [f".reg .pred pc{ci};" for ci in range(C)]
+        + [f".reg .pred l{ci}_{pi};" for ci in range(C) for pi in range(P)]
+        + [f".reg .f32 s{ci}_{k};" for ci in range(C) for k in range(2 * n)]
+        + [f".reg .f32 d{ci}_{pi}_{k};" for ci in range(C) for pi in range(P) for k in range(2 * n)]
+    )
+    asm = f"""{{ .reg .pred ok, okh; .reg .b32 t, q, par, u, w, g, r, col, c, cend, p, count, rows, cols, x, y; .reg .b16 z, z1;
+    .reg .f32 o0, o1, c0, c1; .reg .b64 a, e, src, dst;
+    mov.u32 c, $6; mov.u32 cend, $7; setp.ge.u32 ok, c, cend;
+    @ok bra DW_DONE;
+    {_COORDS} add.u32 r, $3, w; add.u32 r, r, g; mul.wide.u32 a, t, {8 * n}; add.u64 src, a, $1; mov.u64 dst, $2;
+    {_lane_col(n)} add.u32 col, t, $4; mov.u32 count, $5; mov.u32 rows, $8; mov.u32 cols, $9;
+    setp.gt.u32 ok, count, 6;
+    @ok bra DW_MANY;
+    {{ {names(4, 4)}
+    {_reduce_loop("DW_FEW", 4, 4, n, slot_bytes, bn, out, accumulate)}
+    bra DW_DONE; }}
+    DW_MANY:
+    {{ {names(1, 16)}
+    {_reduce_loop("DW_MANY", 1, 16, n, slot_bytes, bn, out, accumulate)}
+    }}
+    DW_DONE: mov.b32 $0, 0; }}"""
+    args = [ws_ptr, out_ptr, row, col, count, c0, c1, num_rows, num_cols]
+    return asm_scalar(_semantic, asm, "=r,l,l,r,r,r,r,r,r,r", args)

@@ -23,7 +23,7 @@ from ..spmm.sm90_wgmma_sp import _row_bytes as row_bytes
 from ..spmm.sm90_wgmma_sp import _rows_aligned as rows_aligned
 from ..spmm.sm90_wgmma_sp import why_not
 from . import sm90_launch
-from .sm90_config import Work, choose
+from .sm90_schedule import Work, choose
 
 __all__ = ["weight_grad_sm90", "why_not"]
 

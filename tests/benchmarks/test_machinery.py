@@ -1,0 +1,174 @@
+"""The parts that need a GPU, on stand-ins: CUDA timing, the search over cuSPARSELt's algorithms, the supervising parent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import supervise
+from benchmarks.measure import Entry, Plan, measure
+from benchmarks.providers import cusparselt
+from benchmarks.timing import CudaTimer, Variant
+
+PLAN = Plan(0.01, 0.01, 2, 2, 0.001, 0.01)
+
+
+class FakeEvent:
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return 1e3 * (other.at - self.at)
+
+
+class FakeStream:
+    def wait_stream(self, other: FakeStream) -> None: ...
+
+
+class FakeGraph:
+    """``replay`` runs what the test calls the captured work."""
+
+    work = staticmethod(lambda: None)
+
+    def replay(self) -> None:
+        type(self).work()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def context(*args: object, **options: object):
+        yield
+
+    nothing = lambda *args, **options: None  # noqa: E731
+    for name, stand_in in {
+        "Event": FakeEvent, "Stream": FakeStream, "current_stream": FakeStream, "stream": context, "graph": context,
+        "CUDAGraph": FakeGraph, "synchronize": nothing, "_sleep": nothing, "reset_peak_memory_stats": nothing,
+        "memory_allocated": lambda: 1000, "max_memory_allocated": lambda: 3000, "clock_rate": lambda: 1400,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+
+
+def test_cuda_measurement_fills_every_figure(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = torch.randn(64), torch.empty(64)
+
+    def call() -> torch.Tensor:
+        return target.copy_(source)
+
+    def work() -> None:
+        time.sleep(2e-4)
+        call()
+
+    monkeypatch.setattr(FakeGraph, "work", staticmethod(work))
+    checked = []
+
+    def check(outputs: dict[str, torch.Tensor]) -> None:
+        checked.append(bool(outputs["y"].isnan().any()))
+
+    entries = [Entry(name, Variant([call, call, call], lambda out: {"y": out})) for name in ("a", "b")]
+    seen = []
+    measure(entries, check, CudaTimer(), PLAN, large=True, before=seen.append)
+    for entry in entries:
+        assert entry.error is None
+        assert entry.values.keys() == {"gpu_ms", "burst_ms", "eager_ms", "peak_bytes"}
+        assert entry.values["peak_bytes"] == 2000 and 0 < entry.values["gpu_ms"] < 5
+        assert entry.notes[0].startswith("p20-p80 ") and "1.40 GHz" in entry.notes
+    assert checked == [False, False], "the replay is gated, and it wrote over the NaN"
+    assert seen[:2] == ["a", "b"] and ["b", "a"] == seen[4:6], "every other turn goes backwards"
+
+
+def test_a_replay_that_leaves_the_poison_is_a_wrong_result(fake_cuda: None) -> None:
+    from benchmarks.gate import GateError
+
+    target = torch.zeros(8)
+
+    def check(outputs: dict[str, torch.Tensor]) -> None:
+        if outputs["y"].isnan().any():
+            raise GateError("y: NaN")
+
+    entry = Entry("a", Variant([lambda: target], lambda out: {"y": out}))
+    measure([entry], check, CudaTimer(), PLAN)
+    assert entry.error == "wrong result: y: NaN"
+
+
+def test_what_cannot_be_captured_is_timed_call_by_call(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def refuse(*args: object, **options: object):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", refuse)
+    entry = Entry("a", Variant([lambda: torch.ones(4)], lambda out: {"y": out}))
+    measure([entry], lambda outputs: None, CudaTimer(), PLAN)
+    assert entry.error is None and entry.values["gpu_ms"] > 0
+    assert "not captured in a graph (RuntimeError: operation not permitted when stream is capturing)" in entry.notes
+
+
+def test_host_time_alone(fake_cuda: None) -> None:
+    entry = Entry("a", Variant([lambda: None], dict, eager=[lambda: time.sleep(1e-4)]))
+    measure([entry], lambda outputs: None, CudaTimer(), PLAN, host_only=True)
+    assert set(entry.values) == {"eager_ms"} and 0.05 < entry.values["eager_ms"] < 20
+
+
+def test_every_accepted_algorithm_id_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def product(a, b, *, transpose_result, alg_id):
+        tried.append(alg_id)
+        if alg_id in (2, 3) or alg_id > 5:
+            raise RuntimeError("invalid value")
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert cusparselt.accepted_ids(torch.zeros(1), torch.zeros(1), True) == [0, 1, 4, 5]
+    assert tried[-1] == 5 + cusparselt.REFUSED
+
+
+def test_structures_for_cusparselt_are_aligned() -> None:
+    import ctypes
+
+    from benchmarks.providers.cusparselt_prune import STRUCT_BYTES, _opaque
+
+    for _ in range(4):
+        memory = _opaque()
+        assert ctypes.addressof(memory) % 64 == 0 and len(memory) == STRUCT_BYTES
+
+
+@pytest.mark.parametrize(
+    ("program", "how"),
+    [
+        ("import sys; sys.exit(3)", ""),
+        (f"import sys; sys.exit({supervise.LOST})", "lost its device"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "was ended by signal 11"),
+        ("import time; time.sleep(60)", "hung for 1 s and was killed"),
+    ],
+)
+def test_the_parent_sees_how_a_worker_ended(program: str, how: str, tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    assert supervise._watch([sys.executable, "-c", program], dict(os.environ), marker, hang_s=1.0)[1] == how
+
+
+def test_a_crash_is_followed_by_another_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = iter([(-11, "was ended by signal 11"), (0, "")])
+    commands = []
+
+    def watch(command: list[str], environment: dict[str, str], marker: Path) -> tuple[int, str]:
+        commands.append((command, environment[supervise.EARLIER]))
+        return next(ends)
+
+    monkeypatch.setattr(supervise, "_watch", watch)
+    assert supervise.supervise(["--fresh", "--suite", "pack"], 100.0) == 0
+    assert "--fresh" in commands[0][0] and "--fresh" not in commands[1][0]
+    assert [how for _, how in commands] == ["", "was ended by signal 11"]
+    assert "--budget" in commands[1][0]
