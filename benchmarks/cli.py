@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,8 @@ tensors that are timed. Results go to benchmarks/results/<gpu>.json after every 
   python -m benchmarks report                          tables on screen, in README.md, and plots, from the result files
 """
 QUICK_SECONDS = 150.0
+START = time.perf_counter()
+"""When this process began, nearly: torch is not imported yet."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,12 +50,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--shapes", type=_list, default=[], help=f"of {sets}; or TOKENSxOUTxIN, or OUTxIN")
     p.add_argument("--dtype", type=_list, default=[], help=f"of {', '.join(DTYPES)} (default bf16)")
     p.add_argument("--impl", default="auto", help="implementation of our operations (default auto)")
-    p.add_argument("--provider", type=_list, default=[], help="measure only these: chts, cublas, cusparselt, ...")
+    p.add_argument("--provider", type=_list, default=[], help="only these: chts, cublas, ...; what is added later is not interleaved")
     p.add_argument("--quick", action="store_true", help=f"few shapes, short rounds, {QUICK_SECONDS:g} s")
     p.add_argument("--budget", type=float, metavar="SECONDS", help="time per case adapts; what is left is resumed later")
     p.add_argument("--out", help="result file (.json) or folder; default benchmarks/results")
     p.add_argument("--fresh", action="store_true", help="start the result file anew")
-    p.add_argument("--retry", action="store_true", help="measure the rows again that hold an error")
+    p.add_argument("--retry", action="store_true", help="measure the cases again in which something failed")
     p.add_argument("--no-plots", action="store_true", help="no PNG files")
     return p
 
@@ -66,7 +69,7 @@ def _run(arguments: Sequence[str]) -> int:
         return supervise.supervise(arguments, budget)
     from benchmarks.session import run_session
 
-    return run_session(options, QUICK_SECONDS)
+    return run_session(options, QUICK_SECONDS, START)
 
 
 def _compare(arguments: Sequence[str]) -> int:

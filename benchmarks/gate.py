@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
+
 import torch
 
 CHUNK = 1 << 25  # elements compared at a time: float64 copies stay below 1 GB
@@ -11,43 +14,61 @@ class GateError(Exception):
     """A provider computed something else; the message says how far off it is."""
 
 
-def no_worse_than(
-    actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor, what: str, factor: float = 2.0
-) -> None:
+@dataclass
+class Reference:
+    """A result in float64, plain torch's on the same inputs, and (computed once) how far apart they are."""
+
+    exact: torch.Tensor
+    baseline: torch.Tensor
+
+    @functools.cached_property
+    def errors_and_sizes(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """((error of the baseline, size of the result) by the largest element, the same by root mean square)."""
+        tops, means = _distances(self.baseline, self.exact, sizes=True)
+        return (tops[0], tops[1]), (means[0], means[1])
+
+
+def no_worse_than(actual: torch.Tensor, reference: Reference, what: str, factor: float = 2.0) -> None:
     """The error against float64 is at most ``factor`` times that of plain torch on the same inputs.
 
     The rule of ``chts_kernels.testing.assert_no_worse_than`` (largest and root-mean-square error, each plus one
     rounding of the result), computed where the tensors are.
 
     Args:
-        actual: the result under test; baseline: plain torch's; exact: float64. One shape.
+        actual: the result under test, any floating dtype.
         what: name of the result for the message.
 
     Raises:
         GateError: when shape, finiteness or either error is off.
     """
-    if actual.shape != exact.shape:
-        raise GateError(f"{what} has shape {tuple(actual.shape)} instead of {tuple(exact.shape)}")
+    if actual.shape != reference.exact.shape:
+        raise GateError(f"{what} has shape {tuple(actual.shape)} instead of {tuple(reference.exact.shape)}")
     eps = torch.finfo(actual.dtype).eps
-    sums = torch.zeros(3, dtype=torch.float64, device=exact.device)  # squares of: error, baseline's error, result
-    tops = torch.zeros(3, dtype=torch.float64, device=exact.device)
-    rows = max(1, CHUNK // max(1, exact[0].numel())) if exact.numel() else 1
-    for start in range(0, len(exact), rows):
-        part = slice(start, start + rows)
-        true = exact[part]
-        for i, value in enumerate((actual[part].double() - true, baseline[part].double() - true, true)):
-            sums[i] += value.square().sum()
-            tops[i] = torch.maximum(tops[i], value.abs().max())  # a NaN stays
-    count = max(1, exact.numel())
-    for name, (error, allowed, size) in (
-        ("largest", tops.tolist()),
-        ("root-mean-square", (sums / count).sqrt().tolist()),
-    ):
+    tops, means = _distances(actual, reference.exact)
+    names = ("largest", "root-mean-square")
+    for name, error, (allowed, size) in zip(names, (tops[0], means[0]), reference.errors_and_sizes, strict=True):
         if not error <= factor * allowed + eps * size:  # "not <=": NaN fails
             raise GateError(
                 f"{what}: the {name} error is {error:.3g}, plain torch's is {allowed:.3g} "
                 f"({factor:g} times that is allowed; the result's size is {size:.3g})"
             )
+
+
+def _distances(
+    actual: torch.Tensor, exact: torch.Tensor, *, sizes: bool = False
+) -> tuple[list[float], list[float]]:
+    """Largest and root-mean-square values of ``actual - exact``, and with ``sizes`` of ``exact`` too."""
+    kinds = 2 if sizes else 1
+    sums = torch.zeros(kinds, dtype=torch.float64, device=exact.device)
+    tops = torch.zeros(kinds, dtype=torch.float64, device=exact.device)
+    rows = max(1, CHUNK // max(1, exact[0].numel())) if exact.numel() else 1
+    for start in range(0, len(exact), rows):
+        true = exact[start : start + rows]
+        values = [actual[start : start + rows].double() - true, true][:kinds]
+        for i, value in enumerate(values):
+            sums[i] += value.square().sum()
+            tops[i] = torch.maximum(tops[i], value.abs().max())  # a NaN stays
+    return tops.tolist(), (sums / max(1, exact.numel())).sqrt().tolist()
 
 
 def equal(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:

@@ -15,6 +15,8 @@ from benchmarks.cases import Case
 RESULTS = Path(__file__).parent / "results"
 ASKED = "asked for by --impl"
 DIED = "the process died while this ran"
+NOT_OFFERED = "not offered"
+"""Note of an error that no second try will change: the provider has no such operation, or not here."""
 IDENTITY = ("gpu", "torch", "triton", "cuda", "driver", "cusparselt", "kernel_hash")
 """Entries of the environment that must agree before rows of two runs may share a file."""
 
@@ -110,9 +112,9 @@ class Results:
         return set(providers) <= present
 
     def drop_errors(self) -> int:
-        """Forget the rows that hold no measurement; returns their number."""
+        """Forget the rows whose measurement failed; returns their number."""
         before = len(self.rows)
-        self.rows = [row for row in self.rows if row.error is None]
+        self.rows = [row for row in self.rows if row.error is None or NOT_OFFERED in row.note]
         return before - len(self.rows)
 
     def mismatch(self, environment: dict[str, Any]) -> str | None:

@@ -14,8 +14,8 @@ from benchmarks.cases import Case
 from benchmarks.cost import is_large
 from benchmarks.measure import Budget, Entry, Plan, guarded, measure, pick, still_there
 from benchmarks.problems import Problem, make
-from benchmarks.results import ASKED, Results, Row
-from benchmarks.timing import CpuTimer, CudaTimer, _first_line, timer
+from benchmarks.results import ASKED, NOT_OFFERED, Results, Row
+from benchmarks.timing import CpuTimer, CudaTimer, first_line, timer
 
 
 @dataclass
@@ -88,13 +88,18 @@ def _case(
         problem = make(case, device)
     except Exception as error:
         still_there(clock, error)
-        reason = f"the inputs could not be made: {_first_line(error)}"
+        reason = f"the inputs could not be made: {first_line(error)}"
         return [_row(case, name, options.impl, error=reason, note=note) for name in names]
     rows: dict[str, Row] = {}
     entries: list[Entry] = []
     for name in names:
         running(case, name)
-        found = prepare(problem, name, clock, options.impl)
+        try:
+            found = prepare(problem, name, clock, options.impl)
+        except providers.Unavailable as reason:
+            offered = "; ".join(filter(None, [NOT_OFFERED, note]))
+            rows[name] = _row(case, name, options.impl, error=str(reason), note=offered)
+            continue
         if isinstance(found, str):
             rows[name] = _row(case, name, options.impl, error=found, note=note)
         else:
@@ -116,19 +121,24 @@ def _case(
 
 
 def _row(case: Case, provider: str, impl: str, *, error: str, note: str) -> Row:
-    ours = provider == "chts"
-    return Row.of(case, provider, impl=impl if ours and note else None, error=error, note=note if ours else "")
+    if provider != "chts":
+        note = note.removesuffix(ASKED).removesuffix("; ")
+    return Row.of(case, provider, impl=impl if ASKED in note else None, error=error, note=note)
 
 
 def prepare(problem: Problem, name: str, clock: CpuTimer | CudaTimer, impl: str) -> Entry | str:
-    """The provider's fastest right variant, ready to be measured, or why there is none."""
+    """The provider's fastest right variant, ready to be measured, or why there is none.
+
+    Raises:
+        Unavailable: when the provider does not offer this at all.
+    """
     try:
         variants = providers.builder(name)(problem, impl)
-    except providers.Unavailable as reason:
-        return str(reason)
+    except providers.Unavailable:
+        raise
     except Exception as error:
         still_there(clock, error)
-        return _first_line(error)
+        return first_line(error)
     right, remarks, wrong = [], {}, []
     for variant in variants:
         attempt = Entry(name, variant)
@@ -146,9 +156,9 @@ def prepare(problem: Problem, name: str, clock: CpuTimer | CudaTimer, impl: str)
         else:
             wrong.append((variant.label, attempt.error))
     if not right:
-        label, error = wrong[0]
-        tried = f"none of {len(wrong)} variants; {label}: " if len(wrong) > 1 else ""
-        return f"{tried}{error}"
+        if len(wrong) == 1:
+            return wrong[0][1]
+        return f"none of {len(wrong)} variants: " + "; ".join(f"{label}: {error}" for label, error in wrong[:3])
     best, trials = pick(right, clock)
     entry = Entry(name, best, [remark for remark in (best.label, remarks.get(best.label)) if remark])
     if len(variants) > 1:

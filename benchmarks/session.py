@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 from benchmarks import environment, report, supervise
@@ -16,8 +17,12 @@ from benchmarks.runner import Options, run
 from benchmarks.view import View
 
 
-def run_session(arguments: argparse.Namespace, quick_seconds: float) -> int:
-    """Everything behind ``python -m benchmarks``; returns the exit status.
+TAIL_S = 3.0
+"""Tables and plots at the end of a run."""
+
+
+def run_session(arguments: argparse.Namespace, quick_seconds: float, start: float) -> int:
+    """Everything behind ``python -m benchmarks``; returns the exit status. The budget's clock runs from ``start``.
 
     Raises:
         ValueError: when an argument does not fit, or the result file was measured on something else.
@@ -25,12 +30,13 @@ def run_session(arguments: argparse.Namespace, quick_seconds: float) -> int:
     screen = Screen()
     device = environment.device()
     effort = QUICK_EFFORT if arguments.quick else 1.0
-    budget = Budget(arguments.budget or (quick_seconds if arguments.quick else None), effort, FULL)
+    seconds = arguments.budget or (quick_seconds if arguments.quick else None)
+    budget = Budget(None if seconds is None else max(0.0, seconds - TAIL_S), effort, FULL, start)
     shapes = arguments.shapes
     if device.type == "cpu" and not shapes:
         screen.say("no CUDA device: tiny shapes through the reference implementations, to try the suite itself")
         shapes = ["tiny"]
-        budget = Budget(budget.seconds, 0.05, FULL)
+        budget = Budget(budget.seconds, 0.05, FULL, start)
     cases = select(arguments.suite, shapes, arguments.dtype, quick=arguments.quick)
     options = Options(arguments.impl, arguments.provider, quick=arguments.quick)
 
@@ -47,12 +53,14 @@ def run_session(arguments: argparse.Namespace, quick_seconds: float) -> int:
         if roofs:
             rates = f"{roofs['copy_bytes_per_s'] / 1e12:.2f} TB/s copied, {roofs['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s dense"
             screen.say(f"roofs of this machine: {rates} ({roofs['gemm_burst_flop_per_s'] / 1e12:.0f} in a burst)")
-        done = 0
+        done, before = 0, time.perf_counter()
 
         def finished(case: Case, rows: list[Row]) -> None:
-            nonlocal done
+            nonlocal done, before
             done += 1
-            screen.case(done, len(todo), case, rows)
+            now = time.perf_counter()
+            screen.case(done, len(todo), case, rows, now - before)
+            before = now
 
         try:
             left = run(
@@ -86,7 +94,7 @@ def _open(arguments: argparse.Namespace, screen: Screen) -> tuple[Results, dict]
     if reason:
         raise ValueError(f"{path} was measured on something else: {reason}. --fresh starts it anew, --out names another")
     if arguments.retry:
-        screen.say(f"{results.drop_errors()} rows without a measurement will be measured again")
+        screen.say(f"{results.drop_errors()} rows whose measurement failed will be measured again")
     if not results.rows:
         results.environment = captured
     return results, captured

@@ -4,6 +4,7 @@ not the run."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,7 @@ def supervise(arguments: Sequence[str], budget: float | None) -> int:
     exit status is final.
     """
     start = time.perf_counter()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # let _watch take the worker along
     status, how = 0, ""
     with tempfile.TemporaryDirectory(prefix="chts-benchmark-") as folder:
         marker = Path(folder) / "running"

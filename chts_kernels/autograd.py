@@ -22,13 +22,13 @@ class SparseMatmul(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None, w: SparseWeight, impl: str
     ) -> torch.Tensor:
         rows, columns = w.shape
-        tokens = x.reshape(-1, columns)
+        tokens = x if x.dim() == 2 else x.reshape(-1, columns)
         y = forward(tokens, w, bias, impl)
         # Saving values and ids costs nothing and has torch refuse a backward pass after they were changed in place.
         ctx.save_for_backward(tokens if ctx.needs_input_grad[1] else None, values, w.ids)
         ctx.w, ctx.impl, ctx.leading = w, impl, x.shape[:-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return y.view(*x.shape[:-1], rows)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
     @staticmethod
     @once_differentiable

@@ -101,20 +101,6 @@ def parameters(ptx: str, name: str) -> list[str]:
     return found
 
 
-class _Frame(threading.local):
-    """What one launch fills in; per thread, so that threads do not overwrite each other's."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        count = len(kernel.kinds)
-        self.values = (c_uint64 * count)()                      # scalars and pointers live here; unset ones are zero
-        base = addressof(self.values)
-        self.pointers = (c_void_p * count)(*[base + 8 * i for i in range(count)])
-        self.attribute = _Attribute(_CLUSTER_DIMENSION, 0, (c_uint * 16)(kernel.cluster, 1, 1))
-        self.config = _LaunchConfig((c_uint * 3)(1, 1, 1), (c_uint * 3)(kernel.threads, 1, 1), kernel.shared, None,
-                                    ctypes.pointer(self.attribute), 1 if kernel.cluster > 1 else 0)
-        self.config_address, self.pointers_address = addressof(self.config), addressof(self.pointers)
-
-
 class Kernel:
     """A cubin loaded on one device.
 
@@ -126,6 +112,9 @@ class Kernel:
         shared: dynamic shared memory of a block in bytes.
         cluster: blocks of a cluster.
         device: CUDA device index.
+
+    Raises:
+        RuntimeError: when the driver refuses the binary or the shared memory.
     """
 
     def __init__(self, cubin: bytes, name: str, kinds: list[str], threads: int, shared: int, cluster: int, device: int) -> None:
@@ -141,32 +130,39 @@ class Kernel:
         finally:
             lib.cuCtxSetCurrent(before)
         self.function = function.value
-        self._frame = _Frame(self)
-        self._launch = lib.cuLaunchKernelEx
 
-    def launch(self, grid: int, stream: int, maps: tuple[tuple[int, int], ...], values: tuple[tuple[int, int], ...]) -> None:
-        """Enqueue on a raw stream of this kernel's device, whose context must be current (a thread that has none gets it).
 
-        Args:
-            grid: blocks.
-            stream: raw CUDA stream handle.
-            maps: (parameter index, TensorMap.address).
-            values: (parameter index, integer or device address).
+class Launch(threading.local):
+    """A kernel with its grid and the parameters that stay: what one problem launches again and again. Every thread that uses it gets
+    its own copy of the block of arguments, so that threads do not overwrite each other's.
+
+    Set what changes in `pointers[i]` (parameter i is a tensor map: `TensorMap.address`) and `values[i]` (an integer or a device
+    address), then `run(stream)`.
+    """
+
+    def __init__(self, kernel: Kernel, grid: int, fixed: tuple[tuple[int, int], ...]) -> None:
+        count = len(kernel.kinds)
+        self.kernel, self._run = kernel, _driver().cuLaunchKernelEx
+        self.values = (c_uint64 * count)()                      # scalars and pointers live here; unset ones are zero
+        base = addressof(self.values)
+        self.pointers = (c_void_p * count)(*[base + 8 * i for i in range(count)])
+        for index, value in fixed:
+            self.values[index] = value
+        self._attribute = _Attribute(_CLUSTER_DIMENSION, 0, (c_uint * 16)(kernel.cluster, 1, 1))
+        self.config = _LaunchConfig((c_uint * 3)(grid, 1, 1), (c_uint * 3)(kernel.threads, 1, 1), kernel.shared, None,
+                                    ctypes.pointer(self._attribute), 1 if kernel.cluster > 1 else 0)
+        self._arguments = (addressof(self.config), kernel.function, addressof(self.pointers), None)
+
+    def run(self, stream: int) -> None:
+        """Enqueue on a raw stream of the kernel's device, whose context must be current (a thread that has none gets it).
 
         Raises:
             RuntimeError: when the driver refuses the launch.
         """
-        frame = self._frame
-        pointers, slots, config = frame.pointers, frame.values, frame.config
-        for index, address in maps:
-            pointers[index] = address
-        for index, value in values:
-            slots[index] = value
-        config.grid[0] = grid
-        config.stream = stream
-        code = self._launch(frame.config_address, self.function, frame.pointers_address, None)
+        self.config.stream = stream
+        code = self._run(*self._arguments)
         if code == _INVALID_CONTEXT:
-            _check(_driver().cuCtxSetCurrent(self.context), "cuCtxSetCurrent")
-            code = self._launch(frame.config_address, self.function, frame.pointers_address, None)
+            _check(_driver().cuCtxSetCurrent(self.kernel.context), "cuCtxSetCurrent")
+            code = self._run(*self._arguments)
         if code:
-            _check(code, f"cuLaunchKernelEx({grid} blocks of {self.threads} threads)")
+            _check(code, f"cuLaunchKernelEx({self.config.grid[0]} blocks of {self.kernel.threads} threads)")

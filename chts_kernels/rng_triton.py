@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.random import philox_impl
 
 from . import rng
 
 REMOVE = tl.constexpr(int(rng.Purpose.REMOVE))
 REGROW = tl.constexpr(int(rng.Purpose.REGROW))
+_M0, _M1 = (tl.constexpr(m) for m in rng._MULTIPLIERS)
+_W0, _W1 = (tl.constexpr(w) for w in rng._WEYL)
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8 = (tl.constexpr(c) for c in rng.LOG_COEFFICIENTS)
 _LN2_HIGH, _LN2_LOW = tl.constexpr(rng.LN2_HIGH), tl.constexpr(rng.LN2_LOW)
 _SQRT_HALF_BITS = tl.constexpr(rng._SQRT_HALF_BITS)
@@ -24,12 +25,21 @@ _SQRT_HALF_BITS = tl.constexpr(rng._SQRT_HALF_BITS)
 def random_words(group, layer, step, purpose: tl.constexpr, key0, key1):
     """Philox-4x32-10: the four uint32 words of the four neighbouring columns ``4 group`` to ``4 group + 3``.
 
-    ``group``: uint32 tensor; ``layer``, ``step``, ``key0``, ``key1``: scalars of any 32- or 64-bit integer type.
+    ``group``: uint32 tensor; ``layer``, ``step``, ``key0``, ``key1``: scalars of any 32- or 64-bit integer type. Products
+    are taken in 64 bits, which is one instruction (mul.wide) for both halves.
     """
-    zero = group & 0
-    return philox_impl(
-        group, zero + layer.to(tl.uint32), zero + step.to(tl.uint32), zero + purpose, key0.to(tl.uint32), key1.to(tl.uint32)
-    )
+    c0 = group
+    c1 = (group & 0) + layer.to(tl.uint32)
+    c2 = (group & 0) + step.to(tl.uint32)
+    c3 = (group & 0) + purpose
+    k0, k1 = key0.to(tl.uint32), key1.to(tl.uint32)
+    for _ in tl.static_range(10):
+        p0, p1 = c0.to(tl.uint64) * _M0, c2.to(tl.uint64) * _M1
+        c0, c1 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0, p1.to(tl.uint32)
+        c2, c3 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1, p0.to(tl.uint32)
+        k0 = tl.add(k0, _W0, sanitize_overflow=False)
+        k1 = tl.add(k1, _W1, sanitize_overflow=False)
+    return c0, c1, c2, c3
 
 
 @triton.jit

@@ -35,9 +35,10 @@ def why_not_cuda(
     return None
 
 
-def has_sparse_tensor_core_kernel(device: torch.device) -> bool:
-    """Whether a kernel of this package drives this device's sparse tensor cores."""
-    return why_not_cuda(device, (9, 0), (9, 0)) is None
+@functools.cache
+def has_sparse_tensor_core_kernel(index: int) -> bool:
+    """Whether a kernel of this package drives the sparse tensor cores of CUDA device ``index``."""
+    return why_not_cuda(torch.device("cuda", index), (9, 0), (9, 0)) is None
 
 
 def _package_version(name: str) -> str:

@@ -105,7 +105,10 @@ def _scores(axes: Axes, runs: Sequence[Run]) -> bool:
         ("update", "score_var", "mask", MARKED),
         ("update", "score_var_survivors", "survivors", survivors),
     ]
-    return _draw(axes, runs, lines)
+    if not _draw(axes, runs, lines):
+        return False
+    axes.set_yscale("log")  # the links that were removed score an order of magnitude lower than the rest
+    return True
 
 
 def _noise(axes: Axes, runs: Sequence[Run]) -> bool:
@@ -127,7 +130,7 @@ PANELS = (
     Panel("perplexity", "Perplexity", "perplexity (log)", _perplexity),
     Panel("accuracy", "Accuracy", "share of held-out images", _accuracy),
     Panel("turnover", "Turnover per topology update", "share of active links (log)", _turnover),
-    Panel("score_variance", "Variance of the CH2-L3n scores", "variance over links", _scores),
+    Panel("score_variance", "Variance of the CH2-L3n scores", "variance over links (log)", _scores),
     Panel("noise", "Blocks changed by the regrowth noise", "share of blocks", _noise),
 )
 

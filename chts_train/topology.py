@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from chts_kernels import evolve
+from chts_kernels import evolve_many
 
 from .linear import SparseLinear, sparse_layers
 
@@ -241,24 +241,32 @@ class TopologyEvolver:
 
     @torch.no_grad()
     def _update(self, moments: dict[str, list[torch.Tensor]]) -> None:
+        # Layers go in one call for each implementation and device, so that equal shapes share launches.
+        groups: dict[tuple[str, torch.device], list[tuple[int, str, SparseLinear]]] = {}
         for index, (name, layer) in enumerate(self.layers.items()):
-            age = self._age(name, layer)
-            age += age < MAX_AGE
-            result = evolve(
-                layer.weight,
+            # A kernel's name names the products; the update knows only one reference and one kernel.
+            impl = "reference" if layer.impl == "reference" else "auto"
+            groups.setdefault((impl, layer.values.device), []).append((index, name, layer))
+        for (impl, _), members in groups.items():
+            ages = [self._age(name, layer) for _, name, layer in members]
+            for age in ages:
+                age += age < MAX_AGE
+            results = evolve_many(
+                [layer.weight for _, _, layer in members],
                 zeta=self.schedule.zeta,
                 temperature=self.temperature,
                 removal=self.removal,
                 regrowth=self.regrowth,
                 seed=self.seed,
-                layer=index,
+                layers=[index for index, _, _ in members],
                 step=self.step_count,
-                moments=[*moments[name], age],
+                moments=[[*moments[name], age] for (_, name, _), age in zip(members, ages, strict=True)],
                 stats=self.collect_stats,
-                impl=layer.impl,
+                impl=impl,
             )
-            numbers = {**result.stats, "link_age_mean": age.double().mean()} if result.stats else {}
-            self._figures[name] = {"removed": result.removed, "device": numbers}
+            for (_, name, _), age, result in zip(members, ages, results, strict=True):
+                numbers = {**result.stats, "link_age_mean": age.double().mean()} if result.stats else {}
+                self._figures[name] = {"removed": result.removed, "device": numbers}
         self.updates += 1
 
     def _age(self, name: str, layer: SparseLinear) -> torch.Tensor:

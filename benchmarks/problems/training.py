@@ -71,7 +71,7 @@ class ModelProblem:
         self.model.to(device)
         self.batch = random_batch(self.spec, device)
 
-    def variant(self, convert: Callable[[nn.Module], nn.Module], label: str, impl: str | None = None) -> Variant:
+    def variant(self, convert: Callable[[nn.Module], nn.Module], label: str) -> Variant:
         """Steps of ``convert(copy of the model)``; its loss before the first step is compared with the float32 one."""
         model = convert(copy.deepcopy(self.model))
         cuda = self.device.type == "cuda"
@@ -101,7 +101,7 @@ class ModelProblem:
 
         layers = f"{self.spec.layers} of {self.spec.all_layers} blocks"
         # The gate sees the first step only: later ones have other weights.
-        return Variant([step], canon, label=f"{label}{layers}", impl=impl, restore=lambda: None, resident=resident)
+        return Variant([step], canon, label=f"{label}{layers}", restore=lambda: None, resident=resident)
 
     def check(self, outputs: dict[str, torch.Tensor]) -> str | None:
         loss, exact = float(outputs["loss"]), float(outputs["exact_loss"])

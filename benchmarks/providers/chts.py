@@ -46,7 +46,7 @@ def build(problem: Problem, impl: str) -> list[Variant]:
         sparsify_(model, SparsityConfig(impl=impl))
         return model
 
-    return [problem.variant(convert, "2:4, ", impl=impl)]
+    return [problem.variant(convert, "2:4, ")]
 
 
 def _product(problem: LinearProblem, impl: str) -> Variant:

@@ -7,6 +7,7 @@ The tile search is told to rank by magnitude; its default ranks by signed value 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,12 +23,14 @@ from benchmarks.providers.cublas import no_grad
 from benchmarks.timing import Variant
 
 ALGORITHM = "largest_abs_values_greedy"
-BACKENDS = ("cusparselt", "cutlass")
+BACKENDS = ("cusparselt", "cutlass", "recompressed")
+"""recompressed: torch's tile search for the pattern, cuSPARSELt's own compression for the layout. The tile kernel writes the
+layout of Ampere, which the library does not read on Hopper."""
 
 
 def build(problem: LinearProblem | PruneProblem | ModelProblem, impl: str) -> list[Variant]:
     cuda_only(problem, "torch's 2:4 path")
-    torch.sparse.SparseSemiStructuredTensor._PROTOTYPE_WARNING_SHOWN = False
+    warnings.filterwarnings("ignore", message="The PyTorch API of SparseSemiStructuredTensor")
     variants, reasons = [], []
     for backend in BACKENDS:
         try:
@@ -48,6 +51,13 @@ def build(problem: LinearProblem | PruneProblem | ModelProblem, impl: str) -> li
 
 def prune(weight: torch.Tensor, backend: str) -> Any:
     """The weight as torch's semi-structured tensor, both orders compressed."""
+    if backend == "recompressed":
+        tile = torch._sparse_semi_structured_tile(weight, algorithm=ALGORITHM, use_cutlass=False)
+        pruned = masked(weight, tile[4])
+        return torch.sparse.SparseSemiStructuredTensorCUSPARSELT(
+            weight.shape, packed=torch._cslt_compress(pruned), meta=None,
+            packed_t=torch._cslt_compress(pruned.t().contiguous()), meta_t=None, compressed_swizzled_bitmask=tile[4],
+        )  # fmt: skip
     kind = {
         "cusparselt": torch.sparse.SparseSemiStructuredTensorCUSPARSELT,
         "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
@@ -80,6 +90,13 @@ def _call(op: str, s: LinearInputs, backend: str) -> Callable[[], Any]:
 
 def _prune(problem: PruneProblem, backend: str) -> Variant:
     def call(dense: torch.Tensor) -> Callable[[], tuple[torch.Tensor, ...]]:
+        if backend == "recompressed":
+
+            def whole() -> tuple[torch.Tensor, ...]:
+                weight = prune(dense, backend)
+                return weight.packed, weight.packed_t, weight.packed, weight.packed_t, weight.compressed_swizzled_bitmask
+
+            return whole
         return lambda: torch._sparse_semi_structured_tile(
             dense, algorithm=ALGORITHM, use_cutlass=backend == "cutlass"
         )

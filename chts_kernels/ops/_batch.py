@@ -8,14 +8,23 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 
-from .. import check
+from .. import check, cuda_driver
 
 SLOTS = 16
 """Table entries written by one launch."""
+ALIGNMENT = 16
+"""Bytes that every tensor given to a kernel is aligned to."""
+TYPES = {
+    torch.uint8: "*u8", torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
+}  # fmt: skip
 
 
 def interpreted() -> bool:
@@ -60,7 +69,7 @@ def why_not(*tensors: torch.Tensor | None) -> str | None:
     return None
 
 
-def on_device(tensor: torch.Tensor):
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     """Context in which Triton launches on the tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
@@ -73,18 +82,122 @@ def check_noise(seed: int, layers: Sequence[int], step: int) -> None:
     check.unsigned(step, "step", 32)
 
 
+class BatchKernel:
+    """A ``triton.jit`` function launched through the driver on a one-dimensional grid.
+
+    Compiled per pointer types, constants and compute capability, never per value of an integer: a new shape, step or layer
+    compiles nothing. Under :func:`recording` calls are noted instead of launched, so that everything an operation needs
+    can be compiled side by side (:func:`compile_all`).
+
+    Args:
+        function: its arguments are tensors, then integers or floats, then constants.
+        wide: names of the arguments that are 64-bit integers; the others are 32-bit.
+        floats: names of the arguments that are float32.
+    """
+
+    def __init__(
+        self, function: Any, num_warps: int, *, wide: Sequence[str] = (), floats: Sequence[str] = (), **options: Any
+    ) -> None:
+        self.function, self.num_warps, self.options = function, num_warps, options
+        self.scalars = dict.fromkeys(wide, "i64") | dict.fromkeys(floats, "fp32")
+        self.compiled: dict[tuple, Any] = {}
+        self.loaded: dict[tuple, cuda_driver.Kernel] = {}
+
+    def compile(self, types: tuple[str, ...], constants: tuple, num_warps: int, capability: tuple[int, int]) -> Any:
+        """Triton's compiled kernel; needs no device. ``types``: of the arguments that are not constants, in order."""
+        key = types, constants, num_warps, capability
+        if key not in self.compiled:
+            import triton
+            from triton.backends.compiler import GPUTarget
+            from triton.compiler import ASTSource
+
+            names = self.function.arg_names
+            signature = dict(zip(names, types, strict=False)) | {name: "constexpr" for name, _ in constants}
+            aligned = {(i,): [["tt.divisibility", ALIGNMENT]] for i, kind in enumerate(types) if kind.startswith("*")}
+            source = ASTSource(self.function, {name: signature[name] for name in names}, dict(constants), aligned)
+            target = GPUTarget("cuda", capability[0] * 10 + capability[1], 32)
+            options = {"num_warps": num_warps, "enable_fp_fusion": False, **self.options}
+            self.compiled[key] = triton.compile(source, target=target, options=options)
+        return self.compiled[key]
+
+    def __call__(self, blocks: int, *arguments: Any, num_warps: int | None = None, **constants: Any) -> None:
+        """Enqueue on the current stream of the current device: tensors (aligned to 16 bytes), integers and floats in order."""
+        first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        if first.device.type == "cpu":
+            self.function[(blocks,)](*arguments, **constants)
+            return
+        names = self.function.arg_names
+        types = tuple(
+            [TYPES[a.dtype] if isinstance(a, torch.Tensor) else self.scalars.get(name, "i32")
+             for name, a in zip(names, arguments, strict=False)]
+        )  # fmt: skip
+        device, num_warps = first.get_device(), num_warps or self.num_warps
+        key = types, tuple(constants.items()), num_warps
+        if _requests is not None:
+            _requests.append((self, (*key, torch.cuda.get_device_capability(device))))
+            return
+        kernel = self.loaded.get((*key, device))
+        if kernel is None:
+            compiled = self.compile(*key, torch.cuda.get_device_capability(device))
+            name, shared = compiled.metadata.name, int(compiled.metadata.shared)
+            kinds = cuda_driver.parameters(compiled.asm["ptx"], name)
+            kernel = cuda_driver.Kernel(compiled.asm["cubin"], name, kinds, num_warps * 32, shared, 1, device)
+            self.loaded[(*key, device)] = kernel
+        values = tuple([(i, _word(a)) for i, a in enumerate(arguments)])
+        kernel.launch(blocks, torch._C._cuda_getCurrentRawStream(device), (), values)
+
+
+def _word(argument: torch.Tensor | int | float) -> int:
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, float):
+        return int.from_bytes(struct.pack("<f", argument), "little")
+    return argument & 0xFFFFFFFFFFFFFFFF
+
+
+_requests: list[tuple[Any, tuple]] | None = None
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[tuple[Any, tuple]]]:
+    """Kernel calls inside are noted (kernel, arguments of its ``compile``) and not launched."""
+    global _requests
+    before, _requests = _requests, []
+    try:
+        yield _requests
+    finally:
+        _requests = before
+
+
+def is_recording() -> bool:
+    return _requests is not None
+
+
+def record(kernel: Any, key: tuple) -> None:
+    """For kernels of other classes: note that ``kernel.compile(*key)`` is going to be needed."""
+    _requests.append((kernel, key))
+
+
+def compile_all(requests: Sequence[tuple[Any, tuple]]) -> None:
+    """Compile what was recorded, each once, on several threads: most of the time is spent outside the interpreter lock."""
+    unique = {(id(kernel), key): (kernel, key) for kernel, key in requests}
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(lambda item: item[0].compile(*item[1]), unique.values()))
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x`` contiguous from a 16-byte boundary on, copied only where it is not."""
+    x = x.contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
 @functools.cache
-def _fill_kernel():
+def _fill_kernel() -> BatchKernel:
     import triton
     import triton.language as tl
 
-    names = [f"v{i}" for i in range(SLOTS)]
-
-    @triton.jit(do_not_specialize=["offset", *names])
-    def fill(table_ptr, offset: tl.int64,
-             v0: tl.int64, v1: tl.int64, v2: tl.int64, v3: tl.int64, v4: tl.int64, v5: tl.int64, v6: tl.int64, v7: tl.int64,
-             v8: tl.int64, v9: tl.int64, v10: tl.int64, v11: tl.int64, v12: tl.int64, v13: tl.int64, v14: tl.int64,
-             v15: tl.int64):  # fmt: skip
+    @triton.jit
+    def chts_fill(table_ptr, offset, v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15):
         slot = table_ptr + offset
         tl.store(slot, v0)
         tl.store(slot + 1, v1)
@@ -103,7 +216,7 @@ def _fill_kernel():
         tl.store(slot + 14, v14)
         tl.store(slot + 15, v15)
 
-    return fill
+    return BatchKernel(chts_fill, 1, wide=[f"v{i}" for i in range(SLOTS)])
 
 
 def table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
@@ -119,15 +232,13 @@ def table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     padded = -(-len(flat) // SLOTS) * SLOTS
     flat += [0] * (padded - len(flat))
     out = torch.empty(padded, dtype=torch.int64, device=device)
-    with torch.cuda.device(device):
-        for start in range(0, padded, SLOTS):
-            _fill_kernel()[(1,)](out, start, *flat[start : start + SLOTS], num_warps=1)
+    for start in range(0, padded, SLOTS):
+        _fill_kernel()(1, out, start, *flat[start : start + SLOTS])
     return out[: shape[0] * shape[1]].view(shape)
 
 
-def triton_type(dtype: torch.dtype):
+def triton_type(dtype: torch.dtype) -> Any:
     """Triton's element type of a torch dtype."""
     import triton.language as tl
 
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
-    return getattr(tl, names[dtype])
+    return getattr(tl, str(dtype).removeprefix("torch."))

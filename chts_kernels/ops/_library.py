@@ -36,13 +36,23 @@ class Op:
         schema: the operator's schema without the trailing ``impl`` argument, as in ``"unpack(Tensor values, ...) -> Tensor"``.
         reference: the specification in torch operations; not differentiated through.
         fake: output metadata from input metadata.
+        selects_by: what of the arguments decides whether a kernel can run them (device, dtype, ...), when that is cheap to
+            say: the choice is then remembered.
     """
 
-    def __init__(self, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        schema: str,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        selects_by: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
         arguments, _, returns = schema.partition(") -> ")
         self.name = schema.partition("(")[0]
         self.reference = reference
         self.kernels: list[Implementation] = []
+        self.selects_by = selects_by
+        self._chosen: dict[tuple[Any, ...], Callable[..., Any]] = {}
         # Keyword-only: the dispatcher hands positional arguments over without their names.
         LIBRARY.define(f'{arguments}, *, str impl="auto") -> {returns}', tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
@@ -55,6 +65,7 @@ class Op:
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
             self.kernels.append(Implementation(name, run, why_not))
+            self._chosen.clear()
             return run
 
         return register
@@ -89,16 +100,22 @@ class Op:
         with torch.autocast(device, enabled=False):  # the caller chose the dtypes; autocast must not choose again
             return self.reference(*args)
 
+    def _select_cached(self, impl: str, *args: Any) -> Callable[..., Any]:
+        if self.selects_by is None:
+            return self.select(impl, *args)
+        key = (impl, *self.selects_by(*args))
+        run = self._chosen.get(key)
+        if run is None:
+            run = self._chosen[key] = self.select(impl, *args)
+        return run
+
     def __call__(self, *args: Any, impl: str = "auto") -> Any:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.overload(*args, impl=impl)
         return self._run(*args, impl=impl)
 
     def _run(self, *args: Any, impl: str = "auto") -> Any:
+        if not torch.is_grad_enabled():
+            return self._select_cached(impl, *args)(*args)
         with torch.no_grad():
-            return self.select(impl, *args)(*args)
-
-
-def fakes_like(index: int = 0) -> Callable[..., torch.Tensor]:
-    """A fake whose output is shaped like one of the inputs."""
-    return lambda *args: torch.empty_like(args[index])
+            return self._select_cached(impl, *args)(*args)

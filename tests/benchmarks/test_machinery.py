@@ -85,7 +85,7 @@ def test_cuda_measurement_fills_every_figure(fake_cuda: None, monkeypatch: pytes
         assert entry.values["peak_bytes"] == 2000 and 0 < entry.values["gpu_ms"] < 5
         assert entry.notes[0].startswith("p20-p80 ") and "1.40 GHz" in entry.notes
     assert checked == [False, False], "the replay is gated, and it wrote over the NaN"
-    assert seen[:2] == ["a", "b"] and ["b", "a"] == seen[4:6], "every other turn goes backwards"
+    assert seen[:2] == ["a", "b"] and seen[4:6] == ["b", "a"], "every other turn goes backwards"
 
 
 def test_a_replay_that_leaves_the_poison_is_a_wrong_result(fake_cuda: None) -> None:

@@ -122,7 +122,7 @@ def _run(monkeypatch: pytest.MonkeyPatch, build, check=None) -> list[Row]:
 
 def test_a_wrong_result_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(problem, impl):
-        return [Variant([lambda: problem.exact("y")[1] * 1.1], lambda out: {"y": out})]
+        return [Variant([lambda: problem.exact("y").baseline * 1.1], lambda out: {"y": out})]
 
     ours, wrong = _run(monkeypatch, build)
     assert ours.error is None and ours.gpu_ms is not None
@@ -133,7 +133,7 @@ def test_of_several_variants_the_fastest_right_one_is_kept(monkeypatch: pytest.M
     import time
 
     def build(problem, impl):
-        y = problem.exact("y")[1]
+        y = problem.exact("y").baseline
 
         def slow():
             time.sleep(0.003)
@@ -209,15 +209,18 @@ def test_a_budget_is_shared_by_the_cases_to_come() -> None:
 
 
 def test_the_gate_refuses_nan_and_wrong_shapes() -> None:
-    from benchmarks.gate import no_worse_than
+    from benchmarks.gate import Reference, no_worse_than
 
     exact = torch.randn(8, 8, dtype=torch.float64)
     low = exact.bfloat16()
-    no_worse_than(low, exact, low, "y")
+    reference = Reference(exact, low)
+    no_worse_than(low, reference, "y")
     with pytest.raises(GateError, match="nan"):
-        no_worse_than(torch.full_like(low, torch.nan), exact, low, "y")
+        no_worse_than(torch.full_like(low, torch.nan), reference, "y")
+    with pytest.raises(GateError, match="root-mean-square"):
+        no_worse_than(low + 0.01, Reference(exact, low + torch.eye(8).bfloat16() * 0.02), "y")
     with pytest.raises(GateError, match="shape"):
-        no_worse_than(low[:4], exact, low, "y")
+        no_worse_than(low[:4], reference, "y")
 
 
 def test_pytest_benchmark_groups(tmp_path: Path) -> None:

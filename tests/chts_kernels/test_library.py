@@ -27,6 +27,10 @@ def samples(n: int) -> dict[str, list[tuple]]:
     moments = [random_tensor(w.values.shape, seed=s) for s in (1, 2)]
     return {
         "prune": [(dense, n, "abs"), (dense.t(), n, "square")],
+        "prune_pack_": [
+            (dense, n, "abs", torch.zeros_like(w.ids), torch.zeros_like(w.values), *operands),
+            (dense, n, "square", torch.zeros_like(w.ids), torch.zeros_like(w.values), None, None, None, None),
+        ],
         "pack": [(dense, w.ids, n), (dense.t(), w.T.ids, n)],
         "unpack": [(w.values, w.ids, n), (w.values.t().contiguous().t(), w.ids, n)],
         "pack_operands_": [(w.values, w.ids, n, *operands), (w.values, w.ids, n, None, *operands[1:])],

@@ -58,7 +58,7 @@ def micro_image(image_file):
 
     def make(**changes) -> RunConfig:
         tiny = preset("vit-tiny")
-        model = replace(tiny.model, embed_dim=16, num_heads=2, depth=1, drop_path=0.2)
+        model = replace(tiny.model, embed_dim=16, num_heads=2, depth=2, drop_path=0.4)
         small = {"total_steps": 12, "batch_size": 8, "micro_batch": 4, "warmup_steps": 2, "interval": 3}
         data = DataConfig(spec=str(image_file), augment=True, val_fraction=0.2)
         return replace(tiny, model=model, data=data, eval_interval=6, eval_tokens=50, **(small | changes))

@@ -1,19 +1,21 @@
 """remove on a GPU: the exact k smallest keys of every layer of a batch, in one pass over the values, without a sort.
 
-1. ``sample``: exact keys of up to 65536 links, scattered over the matrix, into a histogram of 4096 fixed-width bins.
-2. ``window``: the bins [A, B] that hold the k-th smallest key, six standard deviations wide on either side.
-3. ``classify``: the one pass. Every link's key is computed; below A it is removed, above B it survives, in between it goes
-   on a list of candidates (about 1 % of the links) and into a second histogram, 4096 bins between A and B. The count below
-   A decides whether the k-th smallest key really is in the window. If not (one time in 10**8, or when masses of
-   equal keys fill one bin), a second launch of this kernel, which otherwise returns at once, takes the side it is on.
-4. ``resolve``: candidates in lower bins than the k-th are removed, those in its bin (about 50) are listed.
-5. ``finish``: of these, the smallest by (key, index), exactly. One program; more than 1024 of them (ties by the
-   thousand) go through an eight-bit radix selection on the 64-bit pair (key, index).
+1. ``sample``: exact keys of up to 65536 links, scattered over the matrix, into a histogram of 4096 fixed-width bins. The
+   last program to finish picks the bins [A, B] that hold the k-th smallest key, six standard deviations either way.
+2. ``classify``: the one pass. A cheap key (hardware logarithms, error below :func:`slack`) decides nearly every link: below
+   A it goes, above B it stays. What lies between, or too near an edge, is listed: about 2 % of the links.
+3. ``exact``: the exact keys of the listed links, and their histogram, 4096 bins between A and B.
+4. ``retry``: returns at once if the counts show that the k-th smallest key is in the window; else (one time in 10**8)
+   lists every link.
+5. ``resolve``: listed links in lower bins than the k-th go, those in its bin (about 50) are listed once more; the last
+   program to finish removes the smallest of these by (key, index), exactly. More than 1024 of them (ties by the thousand)
+   go through an eight-bit radix selection on the 64-bit pair (key, index).
 
-So the sample chooses where to look, never what is removed. Counters are integers, lists are sets: neither the order of
-atomics nor the tile size can show in the result. Everything stays on the device.
+So samples and approximations choose where to look, never what is removed. Counters are integers and lists are sets:
+neither the order of atomics nor a tile size can show in the result. Nothing leaves the device.
 
-Bytes: values and ids once, survivors once; candidates 16 bytes for 1 % of the links.
+Bytes: values and ids once, survivors once, 28 bytes for 2 % of the links. What bounds the pass is arithmetic: ten Philox
+rounds for every two links (n = 2) and three logarithms a link.
 """
 
 from __future__ import annotations
@@ -26,18 +28,21 @@ import triton.language as tl
 
 from ... import rng_triton as noise
 from ...patterns import BLOCK, pattern_table
-from .._batch import check_noise, on_device, table, triton_type
+from .._batch import BatchKernel, aligned, check_noise, on_device, table, triton_type
 
 BINS = tl.constexpr(4096)
-STATE = tl.constexpr(16)  # int32 words of state per layer, before its three histograms
+HEAD = tl.constexpr(16)  # int32 words of state per layer, before its three histograms
 LAYER_WORDS = tl.constexpr(16 + 3 * 4096)
-WINDOW_A, WINDOW_B = tl.constexpr(0), tl.constexpr(1)
-BELOW, COUNT = tl.constexpr(2), tl.constexpr(3)  # of the window; + 2: of the second attempt
-EQUAL, EQUAL_RANK, BIN_OF_K = tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+WINDOW_A, WINDOW_B, SAMPLED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+BELOW, COUNT, LOWER = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+EQUAL, RESOLVED = tl.constexpr(6), tl.constexpr(7)
 SHORT_LIST = tl.constexpr(1024)
+LN2, LOG2_LN2 = tl.constexpr(0.6931471805599453), tl.constexpr(-0.5287663729448977)
+BELOW_ONE = tl.constexpr(1.0 - 2.0**-24)
 SAMPLE_LINKS = 65536
 TILE = 256
-PROGRAMS = 64  # of resolve, per layer
+PROGRAMS = 264  # of exact and retry, over all layers
+RESOLVERS = 64  # programs of resolve, per layer
 
 
 @triton.jit
@@ -51,47 +56,69 @@ def controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE: tl.cons
 
 
 @triton.jit
-def link_bits(words, nibble, slot: tl.constexpr, N_LINKS: tl.constexpr):
-    """The random word of link ``slot`` of a row whose active columns are the set bits of ``nibble``."""
+def bit_count(x):
+    """Set bits of a 16-bit integer."""
+    x = (x & 0x5555) + (x >> 1 & 0x5555)
+    x = (x & 0x3333) + (x >> 2 & 0x3333)
+    x = (x & 0x0F0F) + (x >> 4 & 0x0F0F)
+    return (x & 0xFF) + (x >> 8)
+
+
+@triton.jit
+def link_bit(nibble, slot: tl.constexpr, N_LINKS: tl.constexpr):
+    """The bit of link ``slot`` of a row whose active columns are the set bits of ``nibble``."""
+    lowest = nibble & -nibble
+    return lowest if slot == 0 else nibble ^ lowest
+
+
+@triton.jit
+def bit_column(bit):
+    """The place of the one set bit of a nibble."""
+    return (bit >> 1) - (bit >> 3)
+
+
+@triton.jit
+def word_of(words, bit):
+    """The random word of the column whose bit is set."""
     w0, w1, w2, w3 = words
-    if N_LINKS == 1:
-        return tl.where((nibble & 1) != 0, w0, tl.where((nibble & 2) != 0, w1, tl.where((nibble & 4) != 0, w2, w3)))
-    if slot == 0:
-        return tl.where((nibble & 1) != 0, w0, tl.where((nibble & 2) != 0, w1, w2))
-    return tl.where((nibble & 8) != 0, w3, tl.where((nibble & 4) != 0, w2, w1))
+    return tl.where(bit < 4, tl.where(bit == 1, w0, w1), tl.where(bit == 4, w2, w3))
 
 
 @triton.jit
-def link_column(nibble, slot: tl.constexpr, N_LINKS: tl.constexpr):
-    """The column of link ``slot`` of a row."""
-    if N_LINKS == 1:
-        return tl.where((nibble & 1) != 0, 0, tl.where((nibble & 2) != 0, 1, tl.where((nibble & 4) != 0, 2, 3)))
-    if slot == 0:
-        return tl.where((nibble & 1) != 0, 0, tl.where((nibble & 2) != 0, 1, 2))
-    return tl.where((nibble & 8) != 0, 3, tl.where((nibble & 4) != 0, 2, 1))
-
-
-@triton.jit
-def link_key(value, bits, inv_temperature, SOFT: tl.constexpr):
+def link_key(magnitude, bits, inv_temperature, SOFT: tl.constexpr):
     """float32 rank of a link; the smallest are removed (``rank_keys`` of the reference)."""
-    magnitude = tl.abs(value).to(tl.float32)
     if SOFT:
         return noise.log_float32(magnitude) + noise.gumbel(bits) * inv_temperature
     return tl.where(magnitude < float("inf"), magnitude, float("inf"))
 
 
 @triton.jit
-def position(key, SOFT: tl.constexpr):
+def key_scale(inv_temperature):
+    """Keys times this spread over about [-32, 32) at every temperature."""
+    return 1.0 / tl.maximum(inv_temperature, 1.0)
+
+
+@triton.jit
+def position(key, scale, SOFT: tl.constexpr):
     """31-bit integer that never falls when the key rises: fixed point over [-32, 32), or the bits of a magnitude."""
     if SOFT:
-        return (tl.minimum(tl.maximum(key + 32.0, 0.0), 63.99999) * (2.0**25)).to(tl.int32)
+        return (tl.minimum(tl.maximum(key * scale + 32.0, 0.0), 63.99999) * (2.0**25)).to(tl.int32)
     return key.to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def fine_bin(position_, a, b):
-    """Which of the 4096 bins of the window [a, b]."""
-    return (position_ - (a << 19) >> 7) // (b - a + 1)
+    """Which of the 4096 bins of the window [a, b]: -1 below it, 4096 above."""
+    inside = (position_ - (a << 19) >> 7) // (b - a + 1)
+    coarse = position_ >> 19
+    return tl.where(coarse < a, -1, tl.where(coarse > b, 4096, inside))
+
+
+@triton.jit
+def slack(inv_temperature, scale):
+    """More than a cheap key, times ``scale``, can be off: lg2 is within 2**-22 (absolute near 1, else relative), so -lg2 U of
+    U < 1 - 2**-10 within 2**-12.5, relative, and its logarithm within 1.8e-4."""
+    return (inv_temperature * 2.5e-4 + 1.0e-4) * scale + 2.0e-5
 
 
 @triton.jit
@@ -117,20 +144,19 @@ def block_masks(ids_ptr, mask16_ptr, block, valid, PATTERNS: tl.constexpr):
 
 @triton.jit
 def sample_kernel(
-    table_ptr, state_ptr, mask16_ptr, schedule_ptr,
-    k: tl.int64, inv_temperature: tl.float32, step: tl.int64, key0: tl.int64, key1: tl.int64,
-    block_columns, blocks, layers, samples,
+    table_ptr, state_ptr, mask16_ptr, schedule_ptr, k, inv_temperature, step, key0, key1,
+    block_columns, blocks, layers, samples, programs,
     VALUE_TYPE: tl.constexpr, N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, SOFT: tl.constexpr,
     FROM_DEVICE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    b = tl.program_id(1)
+    b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     values_ptr = tl.load(table_ptr + b).to(tl.pointer_type(VALUE_TYPE))
     ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
     layer = tl.load(table_ptr + 2 * layers + b)
-    histogram_ptr = state_ptr + b.to(tl.int64) * LAYER_WORDS + STATE
+    state_ptr += b.to(tl.int64) * LAYER_WORDS
     links = blocks.to(tl.int64) * (4 * N_LINKS)
     k, inv_temperature, step = controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE)
-    number = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    number = program * BLOCKS + tl.arange(0, BLOCKS)
     valid = number < samples
     # Multiples of a prime modulo the number of blocks: distinct, and in step with no row or column structure.
     block = (number.to(tl.int64) * 2654435761 % blocks).to(tl.int32)
@@ -141,107 +167,155 @@ def sample_kernel(
         nibble = masks >> 4 * r & 15
         words = noise.random_words(group.to(tl.uint32), layer, step, noise.REMOVE, key0, key1)
         for slot in tl.static_range(N_LINKS):
-            value = tl.load(values_ptr + group * N_LINKS + slot, mask=valid, other=0.0)
-            key = link_key(value, link_bits(words, nibble, slot, N_LINKS), inv_temperature, SOFT)
-            tl.atomic_add(histogram_ptr + (position(key, SOFT) >> 19), 1, mask=valid, sem="relaxed")
-
-
-@triton.jit
-def window_kernel(
-    state_ptr, schedule_ptr, k: tl.int64, inv_temperature: tl.float32, step: tl.int64, blocks, samples,
-    N_LINKS: tl.constexpr, FROM_DEVICE: tl.constexpr,
-):  # fmt: skip
-    state_ptr += tl.program_id(0).to(tl.int64) * LAYER_WORDS
-    links = blocks.to(tl.int64) * (4 * N_LINKS)
-    k, inv_temperature, step = controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE)
-    upto = tl.cumsum(tl.load(state_ptr + STATE + tl.arange(0, BINS)), 0).to(tl.float32)
-    drawn = (samples * 4 * N_LINKS).to(tl.float32)
-    share = k.to(tl.float32) / links.to(tl.float32)
-    rank = share * drawn
-    margin = 6.0 * tl.sqrt(drawn * share * tl.maximum(1.0 - share, 0.0)) + 4.0
-    first = tl.sum((upto <= rank - margin).to(tl.int32))
-    last = tl.sum((upto < rank + margin).to(tl.int32))
-    tl.store(state_ptr + WINDOW_A, tl.minimum(first, BINS - 1))
-    tl.store(state_ptr + WINDOW_B, tl.minimum(last, BINS - 1))
-
-
-@triton.jit
-def chosen_window(state_ptr, k):
-    """(held, a, b, below, count, attempt): the window with the k-th smallest key, and what was counted for it."""
-    a, b = tl.load(state_ptr + WINDOW_A), tl.load(state_ptr + WINDOW_B)
-    below, count = tl.load(state_ptr + BELOW), tl.load(state_ptr + COUNT)
-    held = (below <= k) & (k <= below + count)
-    attempt = 0
-    if not held:
-        attempt = 1
-        under = k < below
-        a, b = tl.where(under, 0, b + 1), tl.where(under, a - 1, BINS - 1)
-        below, count = tl.load(state_ptr + BELOW + 2), tl.load(state_ptr + COUNT + 2)
-    return held, a, b, below, count, attempt
+            magnitude = tl.abs(tl.load(values_ptr + group * N_LINKS + slot, mask=valid, other=0.0)).to(tl.float32)
+            key = link_key(magnitude, word_of(words, link_bit(nibble, slot, N_LINKS)), inv_temperature, SOFT)
+            bin_ = position(key, key_scale(inv_temperature), SOFT) >> 19
+            tl.atomic_add(state_ptr + HEAD + bin_, 1, mask=valid, sem="relaxed")
+    tl.debug_barrier()
+    if tl.atomic_add(state_ptr + SAMPLED, 1) == programs - 1:
+        upto = tl.cumsum(tl.load(state_ptr + HEAD + tl.arange(0, BINS)), 0).to(tl.float32)
+        drawn = (samples * 4 * N_LINKS).to(tl.float32)
+        share = k.to(tl.float32) / links.to(tl.float32)
+        margin = 6.0 * tl.sqrt(drawn * share * tl.maximum(1.0 - share, 0.0)) + 4.0
+        first = tl.sum((upto <= share * drawn - margin).to(tl.int32))
+        last = tl.sum((upto < share * drawn + margin).to(tl.int32))
+        tl.store(state_ptr + WINDOW_A, tl.minimum(first, BINS - 1))
+        tl.store(state_ptr + WINDOW_B, tl.minimum(last, BINS - 1))
 
 
 @triton.jit
 def classify_kernel(
-    table_ptr, state_ptr, mask16_ptr, survivors_ptr, list_ptr, schedule_ptr,
-    k: tl.int64, inv_temperature: tl.float32, step: tl.int64, key0: tl.int64, key1: tl.int64,
-    block_columns, blocks, layers,
+    table_ptr, state_ptr, mask16_ptr, survivors_ptr, list_ptr, schedule_ptr, k, inv_temperature, step, key0, key1,
+    block_columns, blocks, layers, programs,
     VALUE_TYPE: tl.constexpr, N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, SOFT: tl.constexpr,
-    FROM_DEVICE: tl.constexpr, AGAIN: tl.constexpr, BLOCKS: tl.constexpr,
+    FROM_DEVICE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    number_of_layer = tl.program_id(1)
-    state_ptr += number_of_layer.to(tl.int64) * LAYER_WORDS
+    b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    state_ptr += b.to(tl.int64) * LAYER_WORDS
     links = blocks.to(tl.int64) * (4 * N_LINKS)
     k, inv_temperature, step = controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE)
-    if AGAIN:
-        held, a, b, _, _, _ = chosen_window(state_ptr, k)
-        if held:
-            return
-    else:
-        a, b = tl.load(state_ptr + WINDOW_A), tl.load(state_ptr + WINDOW_B)
-    values_ptr = tl.load(table_ptr + number_of_layer).to(tl.pointer_type(VALUE_TYPE))
-    ids_ptr = tl.load(table_ptr + layers + number_of_layer).to(tl.pointer_type(tl.uint8))
-    layer = tl.load(table_ptr + 2 * layers + number_of_layer)
-    survivors_ptr += number_of_layer.to(tl.int64) * blocks
-    list_ptr += number_of_layer.to(tl.int64) * links
-    histogram_ptr = state_ptr + STATE + (2 * BINS if AGAIN else BINS)
+    values_ptr = tl.load(table_ptr + b).to(tl.pointer_type(VALUE_TYPE))
+    ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
+    layer = tl.load(table_ptr + 2 * layers + b)
+    first_bin, last_bin = tl.load(state_ptr + WINDOW_A), tl.load(state_ptr + WINDOW_B)
+    scale = key_scale(inv_temperature)
+    margin = slack(inv_temperature, scale)
+    low = tl.where(first_bin == 0, float("-inf"), first_bin.to(tl.float32) * (1.0 / 64) - 32.0 - margin)
+    high = tl.where(last_bin == BINS - 1, float("inf"), (last_bin + 1).to(tl.float32) * (1.0 / 64) - 32.0 + margin)
+    of_weight, of_noise = scale * LN2, scale * LN2 * inv_temperature
 
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
     valid = block < blocks
     masks = block_masks(ids_ptr, mask16_ptr, block, valid, PATTERNS)
     i, j = block // block_columns, block % block_columns
-    kept = masks & 0
-    below = masks & 0
-    waiting = masks & 0
-    keys = ()
-    elements = ()
-    candidates = ()
+    gone = masks & 0
+    open_ = masks & 0
     for r in tl.static_range(4):
         group = (i * 4 + r).to(tl.int64) * block_columns + j
         nibble = masks >> 4 * r & 15
-        words = noise.random_words(group.to(tl.uint32), layer, step, noise.REMOVE, key0, key1)
+        if SOFT:
+            words = noise.random_words(group.to(tl.uint32), layer, step, noise.REMOVE, key0, key1)
         for slot in tl.static_range(N_LINKS):
-            value = tl.load(values_ptr + group * N_LINKS + slot, mask=valid, other=0.0)
-            key = link_key(value, link_bits(words, nibble, slot, N_LINKS), inv_temperature, SOFT)
-            column = link_column(nibble, slot, N_LINKS)
-            bin_ = position(key, SOFT) >> 19
-            removed = valid & (bin_ < a)
-            candidate = valid & (bin_ >= a) & (bin_ <= b)
-            kept |= tl.where(removed, 0, 1 << (4 * r + column))
-            below += removed.to(tl.int32)
-            waiting += candidate.to(tl.int32)
-            keys = keys + (key,)
-            elements = elements + (group * 4 + column,)
-            candidates = candidates + (candidate,)
-    tl.store(survivors_ptr + block, kept, mask=valid)
-    offset: tl.constexpr = 2 if AGAIN else 0
-    tl.atomic_add(state_ptr + BELOW + offset, tl.sum(below), sem="relaxed")
-    base = tl.atomic_add(state_ptr + COUNT + offset, tl.sum(waiting), sem="relaxed")
-    place = base + tl.cumsum(waiting, 0) - waiting
-    for index in tl.static_range(4 * N_LINKS):
-        key, candidate = keys[index], candidates[index]
-        tl.store(list_ptr + place, ordered(key, elements[index]), mask=candidate)
-        tl.atomic_add(histogram_ptr + fine_bin(position(key, SOFT), a, b), 1, mask=candidate, sem="relaxed")
-        place += candidate.to(tl.int32)
+            bit = link_bit(nibble, slot, N_LINKS)
+            magnitude = tl.abs(tl.load(values_ptr + group * N_LINKS + slot, mask=valid, other=0.0)).to(tl.float32)
+            if SOFT:
+                word = word_of(words, bit)
+                # (word >> 9) + 1/2 in units of 2**-23, put together from bits: 1 + U - (1 - 2**-24)
+                u = (word >> 9 | 0x3F800000).to(tl.float32, bitcast=True) - BELOW_ONE
+                key = tl.log2(magnitude) * of_weight - (tl.log2(-tl.log2(u)) + LOG2_LN2) * of_noise
+                key = tl.where(magnitude < float("inf"), key, float("inf"))
+                doubtful = (word >= 0xFFC00000) | ((magnitude < 2.0**-126) & (magnitude > 0.0))
+                removed = (key < low) & (doubtful == 0)
+                listed = (key <= high) | doubtful
+            else:
+                bin_ = position(link_key(magnitude, 0, inv_temperature, SOFT), scale, SOFT) >> 19
+                removed = bin_ < first_bin
+                listed = bin_ <= last_bin
+            gone |= tl.where(removed, bit << 4 * r, 0)
+            open_ |= tl.where(listed, bit << 4 * r, 0)
+    gone = tl.where(valid, gone, 0)
+    open_ = tl.where(valid, open_ & ~gone, 0)
+    tl.store(survivors_ptr + b.to(tl.int64) * blocks + block, masks & ~gone, mask=valid)
+    count = bit_count(open_)
+    tl.atomic_add(state_ptr + BELOW, tl.sum(bit_count(gone)), sem="relaxed")
+    place = tl.atomic_add(state_ptr + COUNT, tl.sum(count), sem="relaxed") + tl.cumsum(count, 0) - count
+    list_ptr += b.to(tl.int64) * links
+    corner = i.to(tl.int64) * 16 * block_columns + j * 4
+    while tl.max(open_, 0) > 0:
+        bit = open_ & -open_
+        at = bit_count(bit - 1)
+        element = corner + (at >> 2) * (4 * block_columns) + (at & 3)
+        tl.store(list_ptr + place, element.to(tl.int32), mask=open_ > 0)
+        place += 1
+        open_ ^= bit
+
+
+@triton.jit
+def exact_kernel(
+    table_ptr, state_ptr, mask16_ptr, survivors_ptr, list_ptr, entries_ptr, schedule_ptr,
+    k, inv_temperature, step, key0, key1, block_columns, blocks, layers, programs,
+    VALUE_TYPE: tl.constexpr, N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, SOFT: tl.constexpr,
+    FROM_DEVICE: tl.constexpr, ALL: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Exact keys of the listed links or, with ALL and where the window did not hold, of every link."""
+    b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    state_ptr += b.to(tl.int64) * LAYER_WORDS
+    links = blocks.to(tl.int64) * (4 * N_LINKS)
+    list_ptr += b.to(tl.int64) * links
+    entries_ptr += b.to(tl.int64) * links
+    survivors_ptr += b.to(tl.int64) * blocks
+    k, inv_temperature, step = controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE)
+    a, z, count = tl.load(state_ptr + WINDOW_A), tl.load(state_ptr + WINDOW_B), tl.load(state_ptr + COUNT)
+    histogram_ptr = state_ptr + HEAD + BINS
+    if ALL:
+        if window_holds(state_ptr, k):
+            return
+        a, z, count = 0, BINS - 1, links.to(tl.int32)
+        histogram_ptr += BINS
+    values_ptr = tl.load(table_ptr + b).to(tl.pointer_type(VALUE_TYPE))
+    ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
+    layer = tl.load(table_ptr + 2 * layers + b)
+    scale = key_scale(inv_temperature)
+    start = program * BLOCKS  # while, not range: numpy 2.4 broke run-time bounds in Triton 3.6's interpreter
+    while start < count:
+        offset = start + tl.arange(0, BLOCKS)
+        valid = offset < count
+        if ALL:
+            row, rest = offset // (block_columns * N_LINKS), offset % (block_columns * N_LINKS)
+            j, slot = rest // N_LINKS, rest % N_LINKS
+            block = (row >> 2) * block_columns + j
+            masks = block_masks(ids_ptr, mask16_ptr, block, valid, PATTERNS)
+            nibble = masks >> ((row & 3) << 2) & 15
+            bit = tl.where(slot == 0, nibble & -nibble, nibble & (nibble - 1))
+            tl.store(survivors_ptr + block, masks, mask=valid & (rest % N_LINKS == 0) & ((row & 3) == 0))
+        else:
+            element = tl.load(list_ptr + offset, mask=valid, other=0).to(tl.int64) & 0xFFFFFFFF
+            row, column = (element // (4 * block_columns)).to(tl.int32), (element % (4 * block_columns)).to(tl.int32)
+            j = column >> 2
+            block = (row >> 2) * block_columns + j
+            nibble = block_masks(ids_ptr, mask16_ptr, block, valid, PATTERNS) >> ((row & 3) << 2) & 15
+            bit = tl.full(column.shape, 1, tl.int32) << (column & 3)
+            slot = tl.where((nibble & (bit - 1)) != 0, 1, 0)
+        group = row.to(tl.int64) * block_columns + j
+        words = noise.random_words(group.to(tl.uint32), layer, step, noise.REMOVE, key0, key1)
+        magnitude = tl.abs(tl.load(values_ptr + group * N_LINKS + slot, mask=valid, other=0.0)).to(tl.float32)
+        key = link_key(magnitude, word_of(words, bit), inv_temperature, SOFT)
+        tl.store(entries_ptr + offset, ordered(key, group * 4 + bit_column(bit)), mask=valid)
+        bin_ = fine_bin(position(key, scale, SOFT), a, z)
+        tl.atomic_add(histogram_ptr + bin_, 1, mask=valid & (bin_ >= 0) & (bin_ < BINS), sem="relaxed")
+        if not ALL:
+            lower = tl.sum((valid & (bin_ < 0)).to(tl.int32))
+            if lower > 0:
+                tl.atomic_add(state_ptr + LOWER, lower, sem="relaxed")
+        start += programs * BLOCKS
+
+
+@triton.jit
+def window_holds(state_ptr, k):
+    """Whether the k-th smallest key lies in the window: what goes for certain is no more than k, and with it no less."""
+    certain = tl.load(state_ptr + BELOW) + tl.load(state_ptr + LOWER)
+    inside = tl.sum(tl.load(state_ptr + HEAD + BINS + tl.arange(0, BINS)))
+    return (certain <= k) & (k <= certain + inside)
 
 
 @triton.jit
@@ -251,101 +325,95 @@ def drop(survivors_ptr, entry, block_columns, mask):
     row, column = element // (4 * block_columns), (element % (4 * block_columns)).to(tl.int32)
     block = (row >> 2) * block_columns + (column >> 2)
     bit = ((row & 3).to(tl.int32) << 2) + (column & 3)
-    tl.atomic_and(survivors_ptr + block, ~(1 << bit), mask=mask, sem="relaxed")
+    tl.atomic_and(survivors_ptr + block, ~(tl.full(bit.shape, 1, tl.int32) << bit), mask=mask, sem="relaxed")
 
 
 @triton.jit
 def resolve_kernel(
-    state_ptr, survivors_ptr, list_ptr, short_ptr, schedule_ptr, k: tl.int64, inv_temperature: tl.float32, step: tl.int64,
-    block_columns, blocks,
+    state_ptr, survivors_ptr, entries_ptr, short_ptr, schedule_ptr, k, inv_temperature, step,
+    block_columns, blocks, programs,
     N_LINKS: tl.constexpr, SOFT: tl.constexpr, FROM_DEVICE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    b_layer = tl.program_id(1).to(tl.int64)
-    state_ptr += b_layer * LAYER_WORDS
-    survivors_ptr += b_layer * blocks
+    b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
+    state_ptr += b.to(tl.int64) * LAYER_WORDS
+    survivors_ptr += b.to(tl.int64) * blocks
     links = blocks.to(tl.int64) * (4 * N_LINKS)
-    list_ptr += b_layer * links
-    short_ptr += b_layer * SHORT_LIST
+    entries_ptr += b.to(tl.int64) * links
+    short_ptr += b.to(tl.int64) * SHORT_LIST
     k, inv_temperature, step = controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE)
-    held, a, b, below, count, attempt = chosen_window(state_ptr, k)
-    counts = tl.load(state_ptr + STATE + BINS * (1 + attempt) + tl.arange(0, BINS))
-    upto = tl.cumsum(counts, 0)
-    rank = k - below
-    bin_of_k = tl.sum((upto < rank).to(tl.int32))
-    bin_of_k = tl.where(rank > 0, bin_of_k, -1)
+    scale = key_scale(inv_temperature)
+    a, z, count = tl.load(state_ptr + WINDOW_A), tl.load(state_ptr + WINDOW_B), tl.load(state_ptr + COUNT)
+    rank = k - tl.load(state_ptr + BELOW) - tl.load(state_ptr + LOWER)
+    histogram_ptr = state_ptr + HEAD + BINS
+    if not window_holds(state_ptr, k):
+        a, z, count, rank = a & 0, z & 0 | BINS - 1, links.to(tl.int32), k
+        histogram_ptr += BINS
+    counts = tl.load(histogram_ptr + tl.arange(0, BINS))
+    bin_of_k = tl.sum((tl.cumsum(counts, 0) < rank).to(tl.int32))
+    bin_of_k = tl.where(rank > 0, bin_of_k, 0)
+    # with nothing left to remove the k-th is in bin 0 and its rank there is 0: what lies below the window still goes
     equal_rank = rank - tl.sum(tl.where(tl.arange(0, BINS) < bin_of_k, counts, 0))
-    if tl.program_id(0) == 0:
-        tl.store(state_ptr + EQUAL_RANK, equal_rank)
-        tl.store(state_ptr + BIN_OF_K, bin_of_k)
-    start = tl.program_id(0) * BLOCKS  # while, not range: numpy 2.4 broke run-time bounds in Triton 3.6's interpreter
+    start = program * BLOCKS
     while start < count:
         offset = start + tl.arange(0, BLOCKS)
         valid = offset < count
-        entry = tl.load(list_ptr + offset, mask=valid, other=0)
-        bin_ = fine_bin(position(key_of(entry), SOFT), a, b)
+        entry = tl.load(entries_ptr + offset, mask=valid, other=0)
+        bin_ = fine_bin(position(key_of(entry), scale, SOFT), a, z)
         drop(survivors_ptr, entry, block_columns, valid & (bin_ < bin_of_k))
         equal = (valid & (bin_ == bin_of_k)).to(tl.int32)
         found = tl.sum(equal)
         if found > 0:
             place = tl.atomic_add(state_ptr + EQUAL, found, sem="relaxed") + tl.cumsum(equal, 0) - equal
             tl.store(short_ptr + place, entry, mask=(equal > 0) & (place < SHORT_LIST))
-        start += tl.num_programs(0) * BLOCKS
-
-
-@triton.jit
-def finish_kernel(
-    state_ptr, survivors_ptr, list_ptr, short_ptr, schedule_ptr, k: tl.int64, inv_temperature: tl.float32, step: tl.int64,
-    block_columns, blocks,
-    N_LINKS: tl.constexpr, SOFT: tl.constexpr, FROM_DEVICE: tl.constexpr,
-):  # fmt: skip
-    b_layer = tl.program_id(0).to(tl.int64)
-    state_ptr += b_layer * LAYER_WORDS
-    survivors_ptr += b_layer * blocks
-    links = blocks.to(tl.int64) * (4 * N_LINKS)
-    list_ptr += b_layer * links
-    short_ptr += b_layer * SHORT_LIST
-    removals, _, _ = controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE)
-    equal_rank = tl.load(state_ptr + EQUAL_RANK)
-    bin_of_k = tl.load(state_ptr + BIN_OF_K)
-    if bin_of_k >= 0:
-        number = tl.load(state_ptr + EQUAL)
+        start += programs * BLOCKS
+    tl.debug_barrier()
+    if tl.atomic_add(state_ptr + RESOLVED, 1) == programs - 1:
+        number = tl.atomic_add(state_ptr + EQUAL, 0)  # not a load: this line was cached before others counted
         lane = tl.arange(0, SHORT_LIST)
         if number <= SHORT_LIST:
             entry = tl.load(short_ptr + lane, mask=lane < number, other=0)
             smaller = lane & 0
-            other = number & 0
-            while other < number:
-                smaller += (tl.load(short_ptr + other) < entry).to(tl.int32)
-                other += 1
+            chunk = number & 0
+            while chunk < number:
+                others = chunk + tl.arange(0, 16)
+                rival = tl.load(short_ptr + others, mask=others < number, other=0x7FFFFFFFFFFFFFFF)
+                smaller += tl.sum((rival[None, :] < entry[:, None]).to(tl.int32), 1)
+                chunk += 16
             drop(survivors_ptr, entry, block_columns, (lane < number) & (smaller < equal_rank))
         else:
             # Eight-bit radix selection, most significant digit first, over the unsigned image of the entries.
-            held, a, b, below, count, attempt = chosen_window(state_ptr, removals)
             prefix = tl.zeros([], tl.uint64)
+            remaining = equal_rank
             for digit in range(8):
                 shift = tl.full([], 56, tl.uint64) - 8 * digit
-                counts = tl.zeros([256], tl.int32)
-                start = count & 0
-                while start < count:
-                    valid = start + lane < count
-                    entry = tl.load(list_ptr + start + lane, mask=valid, other=0)
-                    inside = valid & (fine_bin(position(key_of(entry), SOFT), a, b) == bin_of_k)
+                digits = tl.zeros([256], tl.int32)
+                at = number & 0
+                while at < count:
+                    valid = at + lane < count
+                    entry = tl.load(entries_ptr + at + lane, mask=valid, other=0)
+                    inside = valid & (fine_bin(position(key_of(entry), scale, SOFT), a, z) == bin_of_k)
                     image = entry.to(tl.uint64, bitcast=True) ^ 0x8000000000000000
                     inside &= (image >> shift) >> 8 == prefix
-                    counts += tl.histogram(((image >> shift) & 255).to(tl.int32), 256, mask=inside)
-                    start += SHORT_LIST
-                upto = tl.cumsum(counts, 0)
-                bin_ = tl.sum((upto < equal_rank).to(tl.int32))
-                equal_rank -= tl.sum(tl.where(tl.arange(0, 256) < bin_, counts, 0))
-                prefix = prefix << 8 | bin_.to(tl.uint64)
-            start = count & 0
-            while start < count:
-                valid = start + lane < count
-                entry = tl.load(list_ptr + start + lane, mask=valid, other=0)
-                inside = valid & (fine_bin(position(key_of(entry), SOFT), a, b) == bin_of_k)
+                    digits += tl.histogram(((image >> shift) & 255).to(tl.int32), 256, mask=inside)
+                    at += SHORT_LIST
+                digit_of_k = tl.sum((tl.cumsum(digits, 0) < remaining).to(tl.int32))
+                remaining -= tl.sum(tl.where(tl.arange(0, 256) < digit_of_k, digits, 0))
+                prefix = prefix << 8 | digit_of_k.to(tl.uint64)
+            at = number & 0
+            while at < count:
+                valid = at + lane < count
+                entry = tl.load(entries_ptr + at + lane, mask=valid, other=0)
+                inside = valid & (fine_bin(position(key_of(entry), scale, SOFT), a, z) == bin_of_k)
                 image = entry.to(tl.uint64, bitcast=True) ^ 0x8000000000000000
-                drop(survivors_ptr, entry, block_columns, inside & (image <= prefix))
-                start += SHORT_LIST
+                drop(survivors_ptr, entry, block_columns, inside & (image <= prefix) & (equal_rank > 0))
+                at += SHORT_LIST
+
+
+_NUMBERS = {"wide": ("k", "step", "key0", "key1"), "floats": ("inv_temperature",)}
+SAMPLE = BatchKernel(sample_kernel, 2, **_NUMBERS)
+CLASSIFY = BatchKernel(classify_kernel, 4, **_NUMBERS)
+EXACT = BatchKernel(exact_kernel, 4, **_NUMBERS)
+RESOLVE = BatchKernel(resolve_kernel, 8, **_NUMBERS)
 
 
 def remove_many(
@@ -369,7 +437,7 @@ def remove_many(
         schedule: float64 device tensor (zeta, temperature, step) that overrides the three numbers, so that a captured
             graph follows a schedule.
         pointers: int64 [>= 3, B]: addresses of values, addresses of ids, layer numbers; made here when absent.
-        tile: blocks per program; the result does not depend on it.
+        tile: blocks per program of the pass; the result does not depend on it.
     """
     device = ids[0].device
     block_rows, block_columns = ids[0].shape
@@ -381,34 +449,36 @@ def remove_many(
     links = blocks * BLOCK * n
     state = torch.zeros(batch, LAYER_WORDS.value, dtype=torch.int32, device=device)
     survivors = torch.empty(batch, block_rows, block_columns, dtype=torch.int32, device=device)
-    candidates = torch.empty(batch, links, dtype=torch.int64, device=device)
+    listed = torch.empty(batch, links, dtype=torch.int32, device=device)
+    entries = torch.empty(batch, links, dtype=torch.int64, device=device)
     short = torch.empty(batch, SHORT_LIST.value, dtype=torch.int64, device=device)
     mask16 = patterns.tensor("mask16", device)
-    from_device = schedule is not None
-    schedule = state if schedule is None else schedule
-    key = seed & 0xFFFFFFFF, seed >> 32
+    few = {"N_LINKS": n, "SOFT": mode == "soft", "FROM_DEVICE": schedule is not None}
+    kind = {"VALUE_TYPE": triton_type(values[0].dtype), "PATTERNS": len(patterns), **few}
+    schedule = short if schedule is None else schedule
     numbers = int(zeta * links), 1.0 / temperature, step
-    soft = mode == "soft"
-    kind = dict(
-        VALUE_TYPE=triton_type(values[0].dtype), N_LINKS=n, PATTERNS=len(patterns), SOFT=soft, FROM_DEVICE=from_device,
-        enable_fp_fusion=False,
+    noisy = *numbers, seed & 0xFFFFFFFF, seed >> 32
+    shape = block_columns, blocks, batch
+
+    samples = min(blocks, max(1, SAMPLE_LINKS // (BLOCK * n)))
+    programs = triton.cdiv(samples, 64)
+    SAMPLE(
+        programs * batch, pointers, state, mask16, schedule, *noisy, *shape, samples, programs, **kind, BLOCKS=64
     )  # fmt: skip
-    few = dict(N_LINKS=n, FROM_DEVICE=from_device, enable_fp_fusion=False)
-    samples = min(blocks, SAMPLE_LINKS // (BLOCK * n))
-    sample_kernel[(triton.cdiv(samples, 64), batch)](
-        pointers, state, mask16, schedule, *numbers, *key, block_columns, blocks, batch, samples,
-        **kind, BLOCKS=64, num_warps=2,
+    programs = triton.cdiv(blocks, tile)
+    CLASSIFY(
+        programs * batch, pointers, state, mask16, survivors, listed, schedule, *noisy, *shape, programs,
+        **kind, BLOCKS=tile, num_warps=max(1, min(4, tile // 32)),
     )  # fmt: skip
-    window_kernel[(batch,)](state, schedule, *numbers, blocks, samples, **few, num_warps=8)
-    for again in (False, True):
-        classify_kernel[(triton.cdiv(blocks, tile), batch)](
-            pointers, state, mask16, survivors, candidates, schedule, *numbers, *key, block_columns, blocks, batch,
-            **kind, AGAIN=again, BLOCKS=tile, num_warps=max(1, min(4, tile // 32)),
-        )  # fmt: skip
-    lists = state, survivors, candidates, short, schedule, *numbers, block_columns, blocks
-    programs = max(1, min(PROGRAMS, links // 16384))
-    resolve_kernel[(programs, batch)](*lists, **few, SOFT=soft, BLOCKS=512, num_warps=8)
-    finish_kernel[(batch,)](*lists, **few, SOFT=soft, num_warps=8)
+    programs = max(1, min(PROGRAMS // batch, links // 4096))
+    lists = pointers, state, mask16, survivors, listed, entries, schedule
+    for every in (False, True):
+        EXACT(programs * batch, *lists, *noisy, *shape, programs, **kind, ALL=every, BLOCKS=128)
+    programs = max(1, min(RESOLVERS, links // 16384))
+    RESOLVE(
+        programs * batch, state, survivors, entries, short, schedule, *numbers, block_columns, blocks, programs,
+        **few, BLOCKS=512,
+    )  # fmt: skip
     return survivors
 
 
@@ -426,4 +496,4 @@ def remove(
     """The op: a batch of one."""
     check_noise(seed, [layer], step)
     with on_device(ids):
-        return remove_many([values.contiguous()], [ids.contiguous()], n, zeta, temperature, mode, seed, [layer], step)[0]
+        return remove_many([aligned(values)], [aligned(ids)], n, zeta, temperature, mode, seed, [layer], step)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +21,13 @@ SPMM = Op(
     "spmm(Tensor x, Tensor values, Tensor ids, int n, Tensor? bias, Tensor? operand, Tensor? meta) -> Tensor",
     reference.spmm,
     lambda x, values, ids, n, bias, operand, meta: x.new_empty(x.shape[0], ids.shape[0] * BLOCK),
+    selects_by=lambda x, *_: (x.get_device(), x.dtype),
 )
 INPUT_GRAD = Op(
     "input_grad(Tensor dy, Tensor values, Tensor ids, int n, Tensor? operand_t, Tensor? meta_t) -> Tensor",
     reference.input_grad,
     lambda dy, values, ids, n, operand_t, meta_t: dy.new_empty(dy.shape[0], ids.shape[1] * BLOCK),
+    selects_by=lambda dy, *_: (dy.get_device(), dy.dtype),
 )
 
 
@@ -98,10 +101,18 @@ def _operands(op: Op, x: torch.Tensor, w: SparseWeight, impl: str) -> tuple[torc
     """
     if not x.is_cuda or impl == "reference" or x.dtype not in TENSOR_CORE_DTYPES or torch.compiler.is_compiling():
         return None, None, None, None
-    if not target.has_sparse_tensor_core_kernel(x.device):
+    if not target.has_sparse_tensor_core_kernel(x.get_device()):
         return None, None, None, None
     fresh = w.operands(x.dtype)
     return fresh.values, fresh.meta, fresh.values_t, fresh.meta_t
+
+
+@functools.cache
+def _late_imports() -> tuple[type, type]:
+    from ...autograd import SparseMatmul  # both import this module
+    from ...format import SparseWeight
+
+    return SparseMatmul, SparseWeight
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -133,18 +144,26 @@ def spmm(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None = None, *, 
         ValueError, TypeError: when an argument does not fit; the message names it.
         RuntimeError: when the named implementation cannot run here; the message says why.
     """
-    from ...autograd import SparseMatmul
-    from ...format import SparseWeight
-
+    SparseMatmul, SparseWeight = _late_imports()
     check.require(isinstance(w, SparseWeight), "w", "be a SparseWeight", type(w).__name__, TypeError)
     check.floating(x, "x")
-    rows, columns = w.shape
-    check.require(x.dim() >= 1 and x.shape[-1] == columns, "x", f"have {columns} = in_features columns", tuple(x.shape))
     if bias is not None:
         check.floating(bias, "bias")
-        check.require(tuple(bias.shape) == (rows,), "bias", f"have shape ({rows},) = (out_features,)", tuple(bias.shape))
-    check.same_device(x=x, values=w.values, bias=bias)
-    return SparseMatmul.apply(x.to(compute_dtype(x)), w.values, bias, w, impl)
+    values = w.values
+    rows, columns = w.shape
+    if x.dim() < 1 or x.shape[-1] != columns:
+        check.require(False, "x", f"have {columns} = in_features columns", tuple(x.shape))
+    if bias is not None and bias.shape != (rows,):
+        check.require(False, "bias", f"have shape ({rows},) = (out_features,)", tuple(bias.shape))
+    if x.device != values.device or (bias is not None and bias.device != x.device):
+        check.same_device(x=x, values=values, bias=bias)
+    dtype = compute_dtype(x)
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if not torch.is_grad_enabled():  # spares inference the bookkeeping of autograd
+        y = forward(x if x.dim() == 2 else x.reshape(-1, columns), w, bias, impl)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
+    return SparseMatmul.apply(x, values, bias, w, impl)
 
 
 def input_grad(dy: torch.Tensor, w: SparseWeight, *, impl: str = "auto") -> torch.Tensor:

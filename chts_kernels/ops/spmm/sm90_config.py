@@ -16,36 +16,23 @@ UNROLL = 4                  # steps whose metadata is fetched together
 @dataclass(frozen=True)
 class Sm90Config:
     """bm x bn tile; `stages` of 64 columns in flight; `group` row tiles (cluster * bm rows each) form a band that keeps W in L2 while
-    tokens stream by; `cluster` CTAs stacked along the rows share every X tile by multicast; the second warpgroup starts a tile `shift`
-    steps after the first, so that one multiplies while the other stores; the output leaves in passes of `y_tokens` (0: bn) tokens; `hints` are
-    the L2 policies of W, X and Y: n(ormal), evict f(irst), evict l(ast)."""
+    tokens stream by; `cluster` CTAs stacked along the rows share every X tile by multicast; each warpgroup stores an m64 block at a time,
+    in passes of `y_tokens` tokens (0: bn) through `y_buffers` buffers; `hints` are the L2 policies of W, X and Y: n(ormal),
+    evict f(irst), evict l(ast)."""
 
     bm: int
     bn: int
     stages: int = 4
     group: int = 16
     cluster: int = 1
-    shift: int = 0
     y_tokens: int = 0
+    y_buffers: int = 1
     hints: str = "nnn"
-    pace: int = 1
-    ahead: int = 0
-    promotion: int = 128
-    diag: int = 0
-    occupancy: int = 1
-
-    @property
-    def mma_regs(self):
-        return 104 if self.occupancy == 2 else 240 if self.blocks * self.bn > 256 else 232
-
-    @property
-    def load_regs(self):
-        return 24 if self.occupancy == 2 or self.blocks * self.bn > 256 else 40
 
     @property
     def name(self) -> str:
-        extra = f"c{self.cluster}" * (self.cluster > 1) + f"s{self.stages}" + f"g{self.group}" + f"l{self.shift}" * (self.shift > 0)
-        return f"{self.bm}x{self.bn}{extra}" + f"y{self.y_tokens}" * (self.y_tokens > 0) + self.hints * (self.hints != "nnn")
+        extra = f"c{self.cluster}" * (self.cluster > 1) + f"s{self.stages}" + f"g{self.group}" + f"y{self.y_tokens}" * (self.y_tokens > 0)
+        return f"{self.bm}x{self.bn}{extra}" + f"b{self.y_buffers}" * (self.y_buffers > 1) + self.hints * (self.hints != "nnn")
 
     @property
     def warpgroups(self) -> int:
@@ -62,8 +49,8 @@ class Sm90Config:
 
     @property
     def chunk(self) -> int:
-        """Registers of one accumulator tensor: Triton's tensors are powers of two."""
-        regs = self.bn // 2
+        """Registers of one accumulator tensor: Triton's tensors are powers of two. A single block needs an even number of them."""
+        regs = self.bn // 4 * self.blocks
         return min(128, regs & -regs)
 
     @property
@@ -72,12 +59,12 @@ class Sm90Config:
 
     @property
     def store_offset(self) -> int:
-        """Offset from `global_smem` of the first warpgroup's output buffer."""
+        """Offset from `global_smem` of the first warpgroup's output buffers."""
         return RESERVED + self.stages * self.stage_bytes
 
     @property
     def barrier_offset(self) -> int:
-        return self.store_offset + self.warpgroups * self.store_tokens * 128
+        return self.store_offset + self.warpgroups * self.y_buffers * self.store_tokens * 128
 
     @property
     def shared_bytes(self) -> int:
@@ -94,12 +81,10 @@ def why_illegal(config: Sm90Config) -> str | None:
         (c.cluster in (1, 2), "cluster must be 1 or 2"),
         (c.bn // c.cluster % 8 == 0, "each CTA of a cluster loads whole 8-row swizzle atoms of X"),
         (c.bm * c.cluster <= 512, "metadata is padded to 512 rows"),
-        (c.stages >= 2, "stages must be at least 2"),
+        (c.stages >= UNROLL, f"stages must be at least {UNROLL}: two blocks go over a group of steps one after the other"),
         (c.group >= 1, "group must be positive"),
-        (0 <= c.shift <= UNROLL, f"shift must be between 0 and {UNROLL}"),
-        (c.shift == 0 or (c.warpgroups == 2 and c.shift + 2 <= c.stages), "shift needs two warpgroups and shift + 2 stages"),
         (c.bn % c.store_tokens == 0 and c.store_tokens % 16 == 0, "y_tokens must divide bn and be a multiple of 16"),
-        (c.store_tokens % (8 * c.pace) == 0, "pace must cut the output buffer into whole 8-token parts"),
+        (c.y_buffers >= 1, "y_buffers must be positive"),
         (len(c.hints) == 3 and set(c.hints) <= set("nfl"), "hints must be three of n, f, l"),
         (c.shared_bytes <= SHARED_LIMIT, f"shared memory {c.shared_bytes} must not exceed {SHARED_LIMIT}"),
     ]

@@ -6,23 +6,20 @@ What the kernel takes for granted is read out of the compiled artefact: `check_p
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from ...cuda_driver import Kernel, TensorMap, parameters
+from ...cuda_driver import Kernel, Launch, TensorMap, parameters
 from .sm90_config import RESERVED, SHARED_LIMIT, Sm90Config, why_illegal
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NAME = "chts_spmm_sm90"
 PTX_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 BIAS_TYPE = {None: "*fp32", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 PARAM_W, PARAM_X, PARAM_Y, PARAM_META, PARAM_BIAS, PARAM_ROWS, PARAM_STEPS, PARAM_TILES_M, PARAM_TILES_N = 0, 5, 10, 15, 16, 17, 18, 19, 20
-_MAPS: dict[tuple[int, ...], TensorMap] = {}
-_MAPS_LIMIT = 4096
 
 
 # --- build -----------------------------------------------------------------------------------------------------------
@@ -40,12 +37,19 @@ def compile_config(config: Sm90Config, dtype: torch.dtype, bias: torch.dtype | N
     signature = {"w_desc": desc, "x_desc": desc, "y_desc": desc, "meta_ptr": "*i32", "bias_ptr": BIAS_TYPE[bias], "n_out": "i32",
                  "steps": "i32", "num_m": "i32", "num_n": "i32"}
     constants = {"BM": config.bm, "BN": config.bn, "WARPGROUPS": config.warpgroups, "BLOCKS": config.blocks, "STAGES": config.stages,
-                 "RING": RESERVED, "Y_OFFSET": config.store_offset, "Y_TOKENS": config.store_tokens,
-                 "BARRIERS": config.barrier_offset, "GROUP": config.group, "CLUSTER": config.cluster, "SHIFT": config.shift,
-                 "CHUNK": config.chunk, "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype], "HINTS": config.hints, "PACE": config.pace, "DIAG": config.diag, "AHEAD": config.ahead, "MMA_REGS": config.mma_regs, "LOAD_REGS": config.load_regs}
-    compiled = compile_kernel(chts_spmm_sm90, signature, constants, **({"maxnreg": 80} if config.occupancy == 2 else {}))
+                 "RING": RESERVED, "Y_OFFSET": config.store_offset, "Y_TOKENS": config.store_tokens, "Y_BUFFERS": config.y_buffers,
+                 "BARRIERS": config.barrier_offset, "GROUP": config.group, "CLUSTER": config.cluster, "CHUNK": config.chunk,
+                 "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype], "HINTS": config.hints, "SOURCE": _source()}
+    compiled = compile_kernel(chts_spmm_sm90, signature, constants)
     check_ptx(compiled.asm["ptx"], int(compiled.metadata.shared), config)
     return compiled
+
+
+@functools.cache
+def _source() -> str:
+    """A digest of the inline PTX's source, part of Triton's cache key through a constant: the key does not see builtins' code."""
+    here = Path(__file__).parent
+    return hashlib.sha256(b"".join(p.read_bytes() for p in (here / "sm90_ptx.py", here.parents[1] / "gluon_compat.py"))).hexdigest()[:16]
 
 
 def check_ptx(ptx: str, triton_shared: int, config: Sm90Config) -> None:
@@ -53,7 +57,7 @@ def check_ptx(ptx: str, triton_shared: int, config: Sm90Config) -> None:
     kinds = parameters(ptx, NAME)
     maps = [i for i, kind in enumerate(kinds) if kind == "map"]
     own = [int(offset) for offset in re.findall(r"global_smem\+(\d+)", ptx)]
-    instruction = f"wgmma.mma_async.sp.sync.aligned.m64n{config.bn}k32"
+    instruction = f"wgmma.mma_async.sp.sync.aligned.m64n{config.bn}k32.f32"
     guards = [
         (maps == [PARAM_W, PARAM_X, PARAM_Y], f"tensor maps must be parameters {PARAM_W}, {PARAM_X}, {PARAM_Y}, got {maps}"),
         (kinds[PARAM_META:PARAM_TILES_N + 1] == ["u64"] * 2 + ["u32"] * 4, f"scalar parameters changed: {kinds}"),
@@ -99,34 +103,50 @@ def multiprocessors(device: int) -> int:
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------
-def _map(pointer: int, rows: int, columns: int, row_bytes: int, box_rows: int, box_columns: int, promotion: int = 128) -> int:
-    """Address of a cached tensor map; a box row is as long as its swizzle. The cache starts over when full: a map costs 3 us."""
-    key = (pointer, rows, columns, row_bytes, box_rows, box_columns, promotion)
-    found = _MAPS.get(key)
-    if found is None:
-        if len(_MAPS) >= _MAPS_LIMIT:
-            _MAPS.clear()
-        found = _MAPS[key] = TensorMap(pointer, rows, columns, row_bytes, (box_rows, box_columns), box_columns * 2, promotion)
-    return found.address
+class Plan:
+    """One problem on one device, everything that does not change from call to call worked out: the kernel, its grid, the tensor maps.
 
+    Args:
+        tokens, out_features, in_features: T, N, K.
+        dtype: of x, values and y.
+        bias: dtype of the bias, or None.
+        device: CUDA device index.
+        row_bytes: bytes from row to row of values, x and y.
+        config: the tile configuration.
 
-@functools.lru_cache(maxsize=4096)
-def plan(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, bias: torch.dtype | None, device: int,
-         config: Sm90Config) -> Callable[..., None]:
-    """A function (x, x_row_bytes, values, values_row_bytes, y, y_row_bytes, meta, bias, stream), all addresses and integers, that
-    launches one problem; everything that does not change from call to call is worked out here."""
-    kernel = load(config, dtype, bias, device)
-    rows_m, bn = config.bm * config.cluster, config.bn
-    tiles_m, tiles_n = -(-out_features // rows_m), -(-tokens // bn)
-    grid = min(tiles_m * tiles_n, multiprocessors(device) * config.occupancy // config.cluster) * config.cluster
-    fixed = ((PARAM_ROWS, out_features), (PARAM_STEPS, -(-in_features // 64)), (PARAM_TILES_M, tiles_m), (PARAM_TILES_N, tiles_n))
-    promotion = config.promotion
-    bm, x_box, y_box, half, launch_kernel = config.bm, bn // config.cluster, config.store_tokens // config.pace, in_features // 2, kernel.launch
+    A map is encoded once per address and kept; at `maps_limit` of them an operand's cache starts over.
+    """
 
-    def launch(x: int, x_bytes: int, values: int, values_bytes: int, y: int, y_bytes: int, meta: int, bias_at: int, stream: int) -> None:
-        maps = ((PARAM_W, _map(values, out_features, half, values_bytes, bm, 32, promotion)),
-                (PARAM_X, _map(x, tokens, in_features, x_bytes, x_box, 64, promotion)),
-                (PARAM_Y, _map(y, tokens, out_features, y_bytes, y_box, 64)))
-        launch_kernel(grid, stream, maps, (*fixed, (PARAM_META, meta), (PARAM_BIAS, bias_at)))
+    maps_limit = 256
 
-    return launch
+    def __init__(self, tokens: int, out_features: int, in_features: int, dtype: torch.dtype, bias: torch.dtype | None, device: int,
+                 row_bytes: tuple[int, int, int], config: Sm90Config) -> None:
+        tiles_m, tiles_n = -(-out_features // (config.bm * config.cluster)), -(-tokens // config.bn)
+        grid = min(tiles_m * tiles_n, multiprocessors(device) // config.cluster) * config.cluster
+        fixed = ((PARAM_ROWS, out_features), (PARAM_STEPS, -(-in_features // 64)), (PARAM_TILES_M, tiles_m), (PARAM_TILES_N, tiles_n))
+        self.call = Launch(load(config, dtype, bias, device), grid, fixed)
+        w_bytes, x_bytes, y_bytes = row_bytes
+        # a box is as wide as its swizzle: 64 bytes of W, 128 of X and Y
+        self.shapes = ((out_features, in_features // 2, w_bytes, (config.bm, 32), 64),
+                       (tokens, in_features, x_bytes, (config.bn // config.cluster, 64), 128),
+                       (tokens, out_features, y_bytes, (config.store_tokens, 64), 128))
+        self.maps: tuple[dict[int, TensorMap], ...] = ({}, {}, {})
+
+    def _encode(self, operand: int, address: int) -> TensorMap:
+        maps = self.maps[operand]
+        if len(maps) >= self.maps_limit:
+            maps.clear()
+        found = maps[address] = TensorMap(address, *self.shapes[operand])
+        return found
+
+    def run(self, values: int, x: int, y: int, meta: int, bias: int, stream: int) -> None:
+        """Launch: device addresses (values, x and y 16-byte aligned; bias 0 for none) and the raw stream."""
+        w_maps, x_maps, y_maps = self.maps
+        call = self.call
+        pointers, scalars = call.pointers, call.values
+        pointers[PARAM_W] = (w_maps.get(values) or self._encode(0, values)).address
+        pointers[PARAM_X] = (x_maps.get(x) or self._encode(1, x)).address
+        pointers[PARAM_Y] = (y_maps.get(y) or self._encode(2, y)).address
+        scalars[PARAM_META] = meta
+        scalars[PARAM_BIAS] = bias
+        call.run(stream)

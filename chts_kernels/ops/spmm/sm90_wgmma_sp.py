@@ -12,11 +12,18 @@ Deterministic: every output is summed by one warpgroup in one order.
 """
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ... import check
+from ...layout.metadata import metadata_shape
 from . import sm90_launch
 from .sm90_config import Sm90Config, choose
+
+_plan = functools.lru_cache(maxsize=1024)(sm90_launch.Plan)
+_PLANS: dict[tuple, sm90_launch.Plan] = {}      # what the fast path found checked and aligned, by everything but addresses
+_PLANS_LIMIT = 1024
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -54,41 +61,54 @@ def spmm_sm90(x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, out_fea
         flat = spmm_sm90(x.reshape(-1, x.shape[-1]), values, meta, out_features, bias, None, config)
         result = flat.view(*x.shape[:-1], out_features)
         return result if out is None else out.copy_(result)
+    device, x_at, values_at = x.get_device(), x.data_ptr(), values.data_ptr()
+    key = (x.shape, x.stride(), x.dtype, device, values.shape, values.stride(), values.dtype, meta.shape, meta.stride(), meta.dtype, out_features,
+           None if bias is None else (bias.dtype, bias.shape, bias.stride()), config)
+    plan = _PLANS.get(key)
+    if plan is None or out is not None or (x_at | values_at) % 16 or torch._C._cuda_getDevice() != device:
+        return _spmm_slow(x, values, meta, out_features, bias, out, config, key)
+    y = x.new_empty((x.shape[0], out_features))
+    plan.run(values_at, x_at, y.data_ptr(), meta.data_ptr(), 0 if bias is None else bias.data_ptr(),
+             torch._C._cuda_getCurrentRawStream(device))
+    return y
+
+
+def _spmm_slow(x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, out_features: int, bias: torch.Tensor | None,
+               out: torch.Tensor | None, config: Sm90Config | None, key: tuple) -> torch.Tensor:
+    """`spmm_sm90` of two dimensions for the first call of a kind, which is checked, and for everything that is copied."""
+    _check_arguments(x, values, meta, out_features, bias, out)
     tokens, in_features = x.shape
-    dtype, device = x.dtype, x.get_device()
-    if (values.shape != (out_features, in_features // 2) or values.dtype != dtype or meta.dtype != torch.int32 or device < 0
-            or meta.numel() != -(-out_features // 512) * 8 * -(-in_features // 64) * 128 or not meta.is_contiguous()
-            or values.get_device() != device or meta.get_device() != device or dtype not in sm90_launch.PTX_DTYPE):
-        _explain(x, values, meta, out_features)
-    bias_dtype, bias_at = None, 0
-    if bias is not None:
-        bias = _checked_bias(bias, x, out_features)
-        bias_dtype, bias_at = bias.dtype, bias.data_ptr()
-    if out is not None:
-        check.require(out.shape == (tokens, out_features) and out.dtype == dtype and out.get_device() == device, "out",
-                      f"be {dtype} of shape {(tokens, out_features)} on {x.device}", (tuple(out.shape), out.dtype, out.device))
     if tokens == 0:
         return x.new_empty(0, out_features) if out is None else out
+    device = x.get_device()
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            return spmm_sm90(x, values, meta, out_features, bias, out, config)
-    if not _rows_aligned(x):
-        x = _padded_rows(x)
-    if not _rows_aligned(values):
-        values = _padded_rows(values)
-    target = out
-    if out is None and out_features % 8 == 0:
-        out = target = torch.empty((tokens, out_features), dtype=dtype, device=x.device)
-    elif out is None or not _rows_aligned(out):
-        target = torch.empty((tokens, -(-out_features // 8) * 8), dtype=dtype, device=x.device)[:, :out_features]
+            return _spmm_slow(x, values, meta, out_features, bias, out, config, key)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+        key = None
+    if not meta.is_contiguous():
+        meta = meta.contiguous()
+        key = None
     if config is None:
         config = choose(tokens, out_features, in_features, sm90_launch.multiprocessors(device))
-    launch = sm90_launch.plan(tokens, out_features, in_features, dtype, bias_dtype, device, config)
-    launch(x.data_ptr(), _row_bytes(x), values.data_ptr(), _row_bytes(values), target.data_ptr(), _row_bytes(target), meta.data_ptr(),
-           bias_at, torch._C._cuda_getCurrentRawStream(device))
-    if target is out:
-        return out
-    return target.contiguous() if out is None else out.copy_(target)
+    x_rows, w_rows = (t if _rows_aligned(t) else _padded_rows(t) for t in (x, values))
+    target = out
+    if out is None:
+        target = x.new_empty(tokens, -(-out_features // 8) * 8)[:, :out_features]
+    elif not _rows_aligned(out):
+        target = x.new_empty(tokens, -(-out_features // 8) * 8)[:, :out_features]
+    row_bytes = tuple(_row_bytes(t) for t in (w_rows, x_rows, target))
+    plan = _plan(tokens, out_features, in_features, x.dtype, None if bias is None else bias.dtype, device, row_bytes, config)
+    plan.run(w_rows.data_ptr(), x_rows.data_ptr(), target.data_ptr(), meta.data_ptr(), 0 if bias is None else bias.data_ptr(),
+             torch._C._cuda_getCurrentRawStream(device))
+    if out is None:
+        if key is not None and x_rows is x and w_rows is values and out_features % 8 == 0:
+            if len(_PLANS) >= _PLANS_LIMIT:
+                _PLANS.clear()
+            _PLANS[key] = plan
+        return target.contiguous()
+    return out if target is out else out.copy_(target)
 
 
 def _row_bytes(t: torch.Tensor) -> int:
@@ -110,25 +130,24 @@ def _padded_rows(t: torch.Tensor) -> torch.Tensor:
     return torch.empty((rows, -(-columns // 8) * 8), dtype=t.dtype, device=t.device)[:, :columns].copy_(t)
 
 
-def _checked_bias(bias: torch.Tensor, x: torch.Tensor, out_features: int) -> torch.Tensor:
-    if bias.shape != (out_features,) or bias.get_device() != x.get_device():
-        check.require(bias.shape == (out_features,), "bias", f"have shape ({out_features},)", tuple(bias.shape))
-        check.same_device(x=x, bias=bias)
-    if bias.dtype != x.dtype and bias.dtype != torch.float32:
-        check.require(False, "bias", f"have dtype torch.float32 or {x.dtype}", bias.dtype, TypeError)
-    return bias if bias.is_contiguous() else bias.contiguous()
-
-
-def _explain(x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, out_features: int) -> None:
-    """Raise for the first argument that does not fit."""
+def _check_arguments(x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, out_features: int, bias: torch.Tensor | None,
+                     out: torch.Tensor | None) -> None:
+    """Raise for the first argument that does not fit; the kernel trusts the shapes."""
     tokens, in_features = x.shape
-    check.require(x.dtype in sm90_launch.PTX_DTYPE, "x", "have dtype bfloat16 or float16", x.dtype, TypeError)
+    check.floating(x, "x", tuple(sm90_launch.PTX_DTYPE))
     check.require(x.is_cuda, "x", "be on a CUDA device", x.device)
-    check.require(in_features > 0 and in_features % 4 == 0, "x", "have a number of columns divisible by 4", tuple(x.shape))
-    check.require(values.shape == (out_features, in_features // 2), "values", f"have shape {(out_features, in_features // 2)}",
-                  tuple(values.shape))
+    check.require(in_features > 0 and in_features % 4 == 0, "x", "have a positive number of columns divisible by 4", tuple(x.shape))
+    check.require(out_features > 0 and out_features % 4 == 0, "out_features", "be positive and divisible by 4", out_features)
+    shape = (out_features, in_features // 2)
+    check.require(values.shape == shape, "values", f"have shape {shape}", tuple(values.shape))
     check.require(values.dtype == x.dtype, "values", f"have dtype {x.dtype}", values.dtype, TypeError)
+    shape = metadata_shape(out_features, in_features)
     check.require(meta.dtype == torch.int32, "meta", "have dtype int32", meta.dtype, TypeError)
-    check.same_device(x=x, values=values, meta=meta)
-    shape = (-(-out_features // 512) * 8, -(-in_features // 64), 128)
-    check.require(False, "meta", f"be contiguous with shape {shape}", tuple(meta.shape))
+    check.require(meta.shape == shape, "meta", f"have shape {shape}", tuple(meta.shape))
+    if bias is not None:
+        check.require(bias.shape == (out_features,), "bias", f"have shape ({out_features},)", tuple(bias.shape))
+        check.require(bias.dtype in (x.dtype, torch.float32), "bias", f"have dtype torch.float32 or {x.dtype}", bias.dtype, TypeError)
+    if out is not None:
+        check.require(out.shape == (tokens, out_features), "out", f"have shape {(tokens, out_features)}", tuple(out.shape))
+        check.require(out.dtype == x.dtype, "out", f"have dtype {x.dtype}", out.dtype, TypeError)
+    check.same_device(x=x, values=values, meta=meta, bias=bias, out=out)

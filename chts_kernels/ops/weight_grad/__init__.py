@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ... import check
+from ... import check, target
 from ...patterns import BLOCK
 from .._library import Op
 from . import reference
@@ -13,7 +13,27 @@ WEIGHT_GRAD = Op(
     "weight_grad(Tensor dy, Tensor x, Tensor ids, int n, ScalarType out_dtype) -> Tensor",
     reference.weight_grad,
     lambda dy, x, ids, n, out_dtype: dy.new_empty(ids.shape[0] * BLOCK, ids.shape[1] * n, dtype=out_dtype),
+    selects_by=lambda dy, x, ids, n, out_dtype: (dy.get_device(), dy.dtype, out_dtype),
 )
+
+
+def _why_not_wgmma(dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype) -> str | None:
+    reason = target.why_not_cuda(dy.device, (9, 0), (9, 0))
+    if reason is None and dy.dtype not in (torch.bfloat16, torch.float16):
+        reason = f"it computes in bfloat16 or float16, got {dy.dtype} (cast dy and x, or use autocast)"
+    if reason is None and out_dtype not in (torch.float32, dy.dtype):
+        reason = f"it writes float32 or the dtype of dy, got {out_dtype}"
+    return reason
+
+
+# One name for the Hopper kernels of all three passes, although this one multiplies densely.
+@WEIGHT_GRAD.kernel("wgmma_sp", _why_not_wgmma)
+def _weight_grad_wgmma(
+    dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype
+) -> torch.Tensor:
+    from .sm90_wgmma import weight_grad_sm90
+
+    return weight_grad_sm90(dy, x, ids, n, out_dtype=out_dtype)
 
 
 def weight_grad(

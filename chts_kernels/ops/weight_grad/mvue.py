@@ -102,7 +102,7 @@ def prune(dy: torch.Tensor, *, seed: int, layer: int, step: int) -> tuple[torch.
 
     Args:
         dy: [T, N] bfloat16, float16 or float32, N divisible by 4.
-        seed, layer, step: what the noise is drawn for (64, 32, 32 bits).
+        seed, layer, step: what the noise is drawn for (63, 32, 32 bits).
 
     Returns:
         values [N, 2 * ceil(T/4)] in the dtype of dy: the two kept elements of every four tokens, ascending;

@@ -24,7 +24,6 @@ from ..spmm.sm90_ptx import (
     mbar_init_fence,
     mbar_wait,
     warp_in_group,
-    wgmma_wait_all,
 )
 from .sm90_ptx import (
     counter_arrive,
@@ -38,13 +37,26 @@ from .sm90_ptx import (
     store_partial,
     warpgroup_index,
     wgmma,
+    wgmma_wait_all,
     write_selectors,
 )
 
 
 @gluon.jit
+def tile(pm, pn, CL: gl.constexpr, SHARE: gl.constexpr):
+    """This CTA's tile of its cluster's: neighbours along the rows share X, along the columns dY."""
+    if CL > 1:
+        if SHARE == "x":
+            pm = pm * CL + cluster_rank()
+        else:
+            pn = pn * CL + cluster_rank()
+    return pm, pn
+
+
+@gluon.jit
 def _load_partition(ids_ptr, lut_ptr, starts_ptr, pieces_ptr, num_rows, num_cols, RING: gl.constexpr, SELECTORS: gl.constexpr,
-                    BARRIERS: gl.constexpr, MB: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CL: gl.constexpr):
+                    BARRIERS: gl.constexpr, MB: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CL: gl.constexpr,
+                    SHARE: gl.constexpr):
     BM: gl.constexpr = 128 * MB
     STAGE: gl.constexpr = (BM + BN) * 128
     cta = gl.program_id(0) // CL
@@ -52,43 +64,101 @@ def _load_partition(ids_ptr, lut_ptr, starts_ptr, pieces_ptr, num_rows, num_cols
     if CL > 1:
         cluster_sync()
         rank = cluster_rank()
-    first, last, _, _ = read4(starts_ptr, cta)
+    pm, pn, kb, count = read4(starts_ptr, 2 * cta)
+    first, last, _, _ = read4(starts_ptr, 2 * cta + 1)
     if warp_in_group() == 0:
         prefetch_maps()
         s = 0
         phase = 1
         for i in range(first, last):
-            pm, pn, kb, count = read4(pieces_ptr, 2 * i)
+            if i > first:
+                pm, pn, kb, count = read4(pieces_ptr, 2 * i)
+            tm, tn = tile(pm, pn, CL, SHARE)
             for _ in range(count):
                 mbar_wait(BARRIERS + (STAGES + s) * 8, phase)
-                load_stage(RING + s * STAGE, BARRIERS + s * 8, kb * 64, (pm * CL + rank) * BM, pn * BN, rank, BM, BN, CL)
+                load_stage(RING + s * STAGE, BARRIERS + s * 8, kb * 64, tm * BM, tn * BN, rank, BM, BN, CL, SHARE)
                 kb += 1
                 s += 1
                 if s == STAGES:
                     s = 0
                     phase ^= 1
     else:
-        phase = 1
-        for i in range(first, last):
-            pm, pn, kb, count = read4(pieces_ptr, 2 * i)
-            mbar_wait(BARRIERS + (2 * STAGES + 1) * 8, phase)
-            write_selectors(SELECTORS, ids_ptr, lut_ptr, (pm * CL + rank) * BM, pn * BN, num_rows, num_cols, MB, BN)
-            mbar_arrive(BARRIERS + 2 * STAGES * 8, 1)
-            phase ^= 1
+        load_selectors(first, last, pm, pn, ids_ptr, lut_ptr, pieces_ptr, num_rows, num_cols, SELECTORS, BARRIERS + 2 * STAGES * 8, MB,
+                       BN, CL, SHARE)
     if CL > 1:
         cluster_sync()          # no CTA leaves while its peer may still write to it
 
 
 @gluon.jit
+def load_selectors(first, last, pm, pn, ids_ptr, lut_ptr, pieces_ptr, num_rows, num_cols, SELECTORS: gl.constexpr, FULL: gl.constexpr,
+                   MB: gl.constexpr, BN: gl.constexpr, CL: gl.constexpr, SHARE: gl.constexpr):
+    """What the loader's sister warps do: the selectors of every piece, one piece ahead of the MMA warpgroups at most."""
+    phase = 1
+    for i in range(first, last):
+        if i > first:
+            pm, pn, kb, count = read4(pieces_ptr, 2 * i)
+        tm, tn = tile(pm, pn, CL, SHARE)
+        mbar_wait(FULL + 8, phase)
+        write_selectors(SELECTORS, ids_ptr, lut_ptr, tm * (128 * MB), tn * BN, num_rows, num_cols, MB, BN)
+        mbar_arrive(FULL, 1)
+        phase ^= 1
+
+
+@gluon.jit
+def finish_piece(accs, i, tm, tn, wg, rank, out_ptr, ws_ptr, counter_ptr, pieces_ptr, num_rows, num_cols, SELECTORS: gl.constexpr,
+                 MB: gl.constexpr, BN: gl.constexpr, CL: gl.constexpr, SPLIT: gl.constexpr, NL: gl.constexpr, OUT: gl.constexpr,
+                 ACCUMULATE: gl.constexpr, WIDE: gl.constexpr):
+    """Epilogue of piece i: its links to the gradient, or, of a part of a tile, to the workspace."""
+    PART: gl.constexpr = MB * BN // 16 * 128 * 2 * NL       # floats of a warpgroup's links
+    row = (tm * 2 + wg) * (MB * 64)
+    whole = True
+    if SPLIT:
+        slot, first_slot, contributors, counter = read4(pieces_ptr, 2 * i + 1)
+        whole = slot < 0
+    if whole:
+        for m in gl.static_range(MB):
+            accs = store_links(accs, m, SELECTORS, out_ptr, row + m * 64, tn * (BN * NL // 4), num_rows * 4, num_cols * NL, BN, NL,
+                               OUT, ACCUMULATE, WIDE)
+    else:
+        if SPLIT:
+            at = ws_ptr + ((slot * CL + rank) * 2 + wg).to(gl.int64) * PART
+            for m in gl.static_range(MB):
+                accs = store_partial(accs, m, SELECTORS, at + m * (PART // MB), BN, NL)
+            counter_arrive(counter_ptr + (counter * CL + rank), 4 * contributors - 1)
+    return accs
+
+
+@gluon.jit
+def add_partials(first, last, wg, rank, out_ptr, ws_ptr, counter_ptr, pieces_ptr, num_rows, num_cols, MB: gl.constexpr,
+                 BN: gl.constexpr, CL: gl.constexpr, SHARE: gl.constexpr, NL: gl.constexpr, OUT: gl.constexpr,
+                 ACCUMULATE: gl.constexpr):
+    """This CTA's share of every split tile to which it contributed."""
+    UNITS: gl.constexpr = MB * BN // 16                     # of a thread: two rows, n links each
+    PART: gl.constexpr = UNITS * 128 * 2 * NL
+    for i in range(first, last):
+        slot, first_slot, contributors, counter = read4(pieces_ptr, 2 * i + 1)
+        if slot >= 0:
+            pm, pn, kb, count = read4(pieces_ptr, 2 * i)
+            tm, tn = tile(pm, pn, CL, SHARE)
+            at = counter_ptr + (counter * CL + rank)
+            counter_wait(at, 2 * contributors)
+            src = ws_ptr + ((first_slot * CL + rank) * 2 + wg).to(gl.int64) * PART
+            c0 = (slot - first_slot) * UNITS // contributors
+            c1 = (slot - first_slot + 1) * UNITS // contributors
+            reduce_share(src, out_ptr, (tm * 2 + wg) * (MB * 64), tn * (BN * NL // 4), contributors, c0, c1, num_rows * 4,
+                         num_cols * NL, MB, BN, CL, NL, OUT, ACCUMULATE)
+            counter_arrive(at, 4 * contributors - 1)
+
+
+@gluon.jit
 def _mma_partition(out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_ptr, num_rows, num_cols, RING: gl.constexpr,
                    SELECTORS: gl.constexpr, BARRIERS: gl.constexpr, MB: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
-                   CL: gl.constexpr, SPLIT: gl.constexpr, NL: gl.constexpr, DT: gl.constexpr, OUT: gl.constexpr,
-                   ACCUMULATE: gl.constexpr, WIDE: gl.constexpr, CHUNK: gl.constexpr, LAG: gl.constexpr, STAMP: gl.constexpr):
+                   CL: gl.constexpr, SHARE: gl.constexpr, SPLIT: gl.constexpr, NL: gl.constexpr, DT: gl.constexpr,
+                   OUT: gl.constexpr, ACCUMULATE: gl.constexpr, WIDE: gl.constexpr, CHUNK: gl.constexpr, LAG: gl.constexpr,
+                   STAMP: gl.constexpr):
     """Warpgroup wg: rows [wg * MB * 64, (wg + 1) * MB * 64) of the tile. num_rows = N / 4, num_cols = K / 4."""
     BM: gl.constexpr = 128 * MB
     STAGE: gl.constexpr = (BM + BN) * 128
-    UNITS: gl.constexpr = MB * BN // 16                     # of a thread: two rows, n links each
-    PART: gl.constexpr = UNITS * 128 * 2 * NL               # floats of a warpgroup's links
     L: gl.constexpr = gl.BlockedLayout([1, CHUNK], [32, 1], [8, 1], [1, 0])
     cta = gl.program_id(0) // CL
     rank = 0
@@ -98,24 +168,25 @@ def _mma_partition(out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_p
     wg = warpgroup_index()
     if STAMP:
         stamp(stamp_ptr, 0)
-    first, last, _, _ = read4(starts_ptr, cta)
+    pm, pn, kb, count = read4(starts_ptr, 2 * cta)
+    first, last, _, _ = read4(starts_ptr, 2 * cta + 1)
     accs = copies(gl.zeros([256, CHUNK], gl.float32, L), MB * BN // 2 // CHUNK)
     s = 0
     phase = 0
     selector_phase = 0
     base = (RING + wg * (MB * 8192)) // 16 | ((RING + BM * 128) // 16 << 16)
-    pm, pn, kb, count = read4(pieces_ptr, 2 * first)
     if LAG:
         if (wg == 1) & (count > 1):
             mbar_wait(BARRIERS + 8, 0)
     if STAMP:
         stamp(stamp_ptr, 1)
     for i in range(first, last):
+        tm, tn = tile(pm, pn, CL, SHARE)
         mbar_wait(BARRIERS + s * 8, phase)
         if STAMP:
             stamp(stamp_ptr, 2)
         accs = wgmma(accs, base + s * (STAGE // 16 * 65537), MB, BM, BN, DT)
-        next_pm, next_pn, next_kb, next_count = read4(pieces_ptr, 2 * gl.minimum(i + 1, last - 1))
+        pm, pn, kb, next_count = read4(pieces_ptr, 2 * gl.minimum(i + 1, last - 1))
         for _ in range(count - 1):
             before = s
             s += 1
@@ -127,47 +198,23 @@ def _mma_partition(out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_p
             mbar_arrive(BARRIERS + (STAGES + before) * 8, CL)
         accs = wgmma_wait_all(accs)
         mbar_arrive(BARRIERS + (STAGES + s) * 8, CL)
+        count = next_count
         s += 1
         if s == STAGES:
             s = 0
             phase ^= 1
         if STAMP:
             stamp(stamp_ptr, 3)
-        row = ((pm * CL + rank) * 2 + wg) * (MB * 64)
         mbar_wait(BARRIERS + 2 * STAGES * 8, selector_phase)
-        whole = True
-        if SPLIT:
-            slot, first_slot, contributors, counter = read4(pieces_ptr, 2 * i + 1)
-            whole = slot < 0
-        if whole:
-            for m in gl.static_range(MB):
-                accs = store_links(accs, m, SELECTORS, out_ptr, row + m * 64, pn * (BN * NL // 4), num_rows * 4, num_cols * NL,
-                                   BN, NL, OUT, ACCUMULATE, WIDE)
-        else:
-            if SPLIT:
-                at = ws_ptr + (slot * 2 + wg).to(gl.int64) * PART
-                for m in gl.static_range(MB):
-                    accs = store_partial(accs, m, SELECTORS, at + m * (PART // MB), BN, NL)
-                counter_arrive(counter_ptr + counter, 4 * contributors - 1)
+        accs = finish_piece(accs, i, tm, tn, wg, rank, out_ptr, ws_ptr, counter_ptr, pieces_ptr, num_rows, num_cols, SELECTORS, MB, BN,
+                            CL, SPLIT, NL, OUT, ACCUMULATE, WIDE)
         mbar_arrive(BARRIERS + (2 * STAGES + 1) * 8, 1)
         selector_phase ^= 1
-        pm, pn, kb, count = next_pm, next_pn, next_kb, next_count
         if STAMP:
             stamp(stamp_ptr, 4)
     if SPLIT:
-        for i in range(first, last):
-            slot, first_slot, contributors, counter = read4(pieces_ptr, 2 * i + 1)
-            if slot >= 0:
-                pm, pn, kb, count = read4(pieces_ptr, 2 * i)
-                counter_wait(counter_ptr + counter, 2 * contributors)
-                if STAMP:
-                    stamp(stamp_ptr, 5)
-                src = ws_ptr + (first_slot * 2 + wg).to(gl.int64) * PART
-                c0 = (slot - first_slot) * UNITS // contributors
-                c1 = (slot - first_slot + 1) * UNITS // contributors
-                reduce_share(src, out_ptr, (pm * 2 + wg) * (MB * 64), pn * (BN * NL // 4), contributors, c0, c1, num_rows * 4,
-                             num_cols * NL, MB, BN, NL, OUT, ACCUMULATE)
-                counter_arrive(counter_ptr + counter, 4 * contributors - 1)
+        add_partials(first, last, wg, rank, out_ptr, ws_ptr, counter_ptr, pieces_ptr, num_rows, num_cols, MB, BN, CL, SHARE, NL, OUT,
+                     ACCUMULATE)
     if STAMP:
         stamp(stamp_ptr, 6)
     if CL > 1:
@@ -177,9 +224,9 @@ def _mma_partition(out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_p
 @gluon.jit
 def chts_weight_grad_sm90(dy_desc, x_desc, ids_ptr, lut_ptr, out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_ptr,
                           num_rows, num_cols, RING: gl.constexpr, SELECTORS: gl.constexpr, BARRIERS: gl.constexpr,
-                          MB: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CL: gl.constexpr, SPLIT: gl.constexpr,
-                          NL: gl.constexpr, DT: gl.constexpr, OUT: gl.constexpr, ACCUMULATE: gl.constexpr, WIDE: gl.constexpr,
-                          CHUNK: gl.constexpr, LAG: gl.constexpr, STAMP: gl.constexpr):
+                          MB: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, CL: gl.constexpr, SHARE: gl.constexpr,
+                          SPLIT: gl.constexpr, NL: gl.constexpr, DT: gl.constexpr, OUT: gl.constexpr, ACCUMULATE: gl.constexpr,
+                          WIDE: gl.constexpr, CHUNK: gl.constexpr, LAG: gl.constexpr, STAMP: gl.constexpr):
     """Shared memory: at RING STAGES of (dY slabs, X slabs), the selectors, and at BARRIERS a full and an empty mbarrier per
     stage, then one pair for the selectors."""
     for i in gl.static_range(STAGES):
@@ -191,7 +238,7 @@ def chts_weight_grad_sm90(dy_desc, x_desc, ids_ptr, lut_ptr, out_ptr, ws_ptr, co
     thread_barrier()
     gl.warp_specialize([
         (_mma_partition, (out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_ptr, num_rows, num_cols, RING, SELECTORS,
-                          BARRIERS, MB, BN, STAGES, CL, SPLIT, NL, DT, OUT, ACCUMULATE, WIDE, CHUNK, LAG, STAMP)),
+                          BARRIERS, MB, BN, STAGES, CL, SHARE, SPLIT, NL, DT, OUT, ACCUMULATE, WIDE, CHUNK, LAG, STAMP)),
         (_load_partition, (ids_ptr, lut_ptr, starts_ptr, pieces_ptr, num_rows, num_cols, RING, SELECTORS, BARRIERS, MB, BN,
-                           STAGES, CL)),
+                           STAGES, CL, SHARE)),
     ], [4], [40])

@@ -16,19 +16,17 @@ import torch
 from ... import cuda_driver
 from ...patterns import pattern_table
 from ..spmm.sm90_config import RESERVED
-from ..spmm.sm90_launch import PTX_DTYPE
-from ..spmm.sm90_launch import _map as cached_map
 from .sm90_config import STEP, DwConfig, why_illegal
 from .sm90_schedule import COUNTERS, Work, table
 
 NAME = "chts_weight_grad_sm90"
+PTX_DTYPE = {torch.bfloat16: "bf16", torch.float16: "f16"}
 TRITON_DTYPE = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-COOPERATIVE = True
 PTX_OUT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 (
-    PARAM_DY, PARAM_X, PARAM_IDS, PARAM_LUT, PARAM_OUT, PARAM_WORKSPACE, PARAM_COUNTER, PARAM_STARTS, PARAM_PIECES, PARAM_STAMP,
-    PARAM_ROWS, PARAM_COLUMNS,
-) = 0, 5, *range(10, 20)  # fmt: skip
+    PARAM_DY, PARAM_X, PARAM_IDS, PARAM_LUT, PARAM_OUT, PARAM_WORKSPACE, PARAM_COUNTER, PARAM_STARTS, PARAM_PIECES, PARAM_EXTRA,
+    PARAM_ROWS, PARAM_COLUMNS, PARAM_STEPS,
+) = 0, 5, *range(10, 21)  # fmt: skip
 
 
 # --- build -----------------------------------------------------------------------------------------------------------
@@ -49,22 +47,26 @@ class Variant:
 def compile_variant(variant: Variant) -> Any:
     """Triton's compiled kernel; needs no device, raises ValueError for an illegal configuration."""
     from ...gluon_compat import compile_kernel, gl
-    from .sm90_kernel import chts_weight_grad_sm90
 
     config = variant.config
-    reason = why_illegal(config, variant.split)
+    reason = why_illegal(config)
     if reason is not None:
         raise ValueError(f"config: {reason}, got {config}")
+    if config.sparse:
+        from .sm90_mvue_kernel import chts_weight_grad_sm90 as kernel
+    else:
+        from .sm90_kernel import chts_weight_grad_sm90 as kernel
     # the type only makes Triton pass a tensor map; box and swizzle are set where the map is made
     desc = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)!r}>"
-    signature = {"dy_desc": desc, "x_desc": desc, "ids_ptr": "*u8", "lut_ptr": "*i64", "out_ptr": "*" + TRITON_DTYPE[variant.out_dtype]}
-    signature |= {"ws_ptr": "*fp32", "counter_ptr": "*i32", "starts_ptr": "*i32", "pieces_ptr": "*i32", "stamp_ptr": "*i64"}
-    signature |= {"num_rows": "i32", "num_cols": "i32"}
-    constants = {"RING": RESERVED, "SELECTORS": config.selectors, "BARRIERS": config.barriers, "MB": config.bm // 128, "BN": config.bn}
-    constants |= {"STAGES": config.stages, "CL": config.cluster, "SPLIT": variant.split, "NL": variant.n, "DT": PTX_DTYPE[variant.dtype]}
+    types = [desc, desc, "*u8", "*i64", "*" + TRITON_DTYPE[variant.out_dtype], "*fp32", "*i32", "*i32", "*i32"]
+    types += ["*i32" if config.sparse else "*i64", "i32", "i32", *["i32"] * config.sparse]
+    constants = {"RING": RESERVED, "SELECTORS": config.selectors, "BARRIERS": config.barriers, "BN": config.bn, "STAGES": config.stages}
+    constants |= {"CL": config.cluster, "SPLIT": variant.split, "NL": variant.n, "DT": PTX_DTYPE[variant.dtype]}
     constants |= {"OUT": PTX_OUT[variant.out_dtype], "ACCUMULATE": variant.accumulate, "WIDE": variant.wide, "CHUNK": config.chunk}
-    constants |= {"LAG": config.lag, "STAMP": config.stamp}
-    compiled = compile_kernel(chts_weight_grad_sm90, signature, constants, num_warps=8)
+    if not config.sparse:
+        constants |= {"MB": config.bm // 128, "SHARE": config.share, "LAG": config.lag, "STAMP": config.stamp}
+    names = [name for name in kernel.arg_names if name not in constants]
+    compiled = compile_kernel(kernel, dict(zip(names, types, strict=True)), constants, num_warps=8)
     check_ptx(compiled.asm["ptx"], int(compiled.metadata.shared), config)
     return compiled
 
@@ -79,7 +81,7 @@ def check_ptx(ptx: str, triton_shared: int, config: DwConfig) -> None:
         (kinds[PARAM_IDS : PARAM_COLUMNS + 1] == ["u64"] * 8 + ["u32"] * 2, f"scalar parameters changed: {kinds}"),
         (triton_shared <= RESERVED, f"Triton's own shared memory must fit {RESERVED} bytes, got {triton_shared}"),
         (all(offset < RESERVED for offset in own), f"Triton must stay below global_smem + {RESERVED}, got {own}"),
-        (f"wgmma.mma_async.sync.aligned.m64n{config.bn}k16" in ptx, "wgmma must be present"),
+        (f"wgmma.mma_async{'.sp' * config.sparse}.sync.aligned.m64n{config.bn}k" in ptx, "wgmma must be present"),
     ]
     for holds, message in guards:
         if not holds:
@@ -109,10 +111,13 @@ class _CooperativeFrame(cuda_driver._Frame):
 
     def __init__(self, kernel: cuda_driver.Kernel) -> None:
         super().__init__(kernel)
-        cooperative = 2  # CU_LAUNCH_ATTRIBUTE_COOPERATIVE
-        self.attribute = cuda_driver._Attribute(cooperative, 0, (ctypes.c_uint * 16)(1))
-        self.config.attributes = ctypes.pointer(self.attribute)
-        self.config.num_attributes = 1
+        cooperative, cluster_dimension = 2, 4  # CU_LAUNCH_ATTRIBUTE_...
+        attributes = [cuda_driver._Attribute(cooperative, 0, (ctypes.c_uint * 16)(1))]
+        if kernel.cluster > 1:
+            attributes.append(cuda_driver._Attribute(cluster_dimension, 0, (ctypes.c_uint * 16)(kernel.cluster, 1, 1)))
+        self.attributes = (cuda_driver._Attribute * len(attributes))(*attributes)
+        self.config.attributes = ctypes.cast(self.attributes, ctypes.POINTER(cuda_driver._Attribute))
+        self.config.num_attributes = len(attributes)
 
 
 @functools.cache
@@ -123,9 +128,14 @@ def load(variant: Variant, device: int) -> cuda_driver.Kernel:
     threads = int(re.search(r"\.reqntid (\d+)", ptx).group(1))
     kinds = cuda_driver.parameters(ptx, NAME)
     kernel = cuda_driver.Kernel(compiled.asm["cubin"], NAME, kinds, threads, config.shared_bytes, config.cluster, device)
-    if variant.split and COOPERATIVE:
+    if variant.split:
         kernel._frame = _CooperativeFrame(kernel)
     return kernel
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 # --- tables and counters ---------------------------------------------------------------------------------------------
@@ -196,29 +206,42 @@ def _lists(tiles_m: int, tiles_n: int, blocks: int, work: Work, device: int) -> 
     return lists, 4 * starts.size, slots
 
 
+_MAPS: dict[tuple[int, ...], cuda_driver.TensorMap] = {}
+
+
+def tensor_map(pointer: int, rows: int, columns: int, row_bytes: int, box: tuple[int, int]) -> cuda_driver.TensorMap:
+    """Cached; a row of the box is as long as its swizzle. Hold it until the launch: the cache starts over when full."""
+    key = (pointer, rows, columns, row_bytes, *box)
+    found = _MAPS.get(key)
+    if found is None:
+        if len(_MAPS) >= 4096:
+            _MAPS.clear()
+        found = _MAPS[key] = cuda_driver.TensorMap(pointer, rows, columns, row_bytes, box, box[1] * 2)
+    return found
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(
     tokens: int, rows: int, columns: int, n: int, dtype: torch.dtype, out_dtype: torch.dtype, accumulate: bool, device: int, work: Work
 ) -> Callable[..., None]:
-    """A function (dy, dy_row_bytes, x, x_row_bytes, ids, out, stream), addresses and integers, that launches one problem."""
+    """A function (left map, x map, ids, out, stream, extra) that launches one problem: tensor maps, addresses, and the address of the
+    metadata (sparse) or of the stamps."""
     config = work.config
-    tiles_m, tiles_n = -(-rows // (config.bm * config.cluster)), -(-columns // config.bn)
-    lists, pieces_offset, slots = _lists(tiles_m, tiles_n, -(-tokens // STEP), work, device)
+    blocks = -(-tokens // STEP)
+    lists, pieces_offset, slots = _lists(-(-rows // config.rows), -(-columns // config.columns), blocks, work, device)
     split = slots > 0
     kernel = load(Variant(config, split, n, dtype, out_dtype, accumulate, columns % 8 == 0), device)
     fixed = (
         (PARAM_LUT, _selectors(n, device).data_ptr()), (PARAM_ROWS, rows // 4), (PARAM_COLUMNS, columns // 4),
         (PARAM_STARTS, lists.data_ptr()), (PARAM_PIECES, lists.data_ptr() + pieces_offset),
+        *([(PARAM_STEPS, blocks)] if config.sparse else []),
     )  # fmt: skip
     grid, launch_kernel = work.ctas * config.cluster, kernel.launch
-    partials = slots * config.bm * config.bn * n // 4
+    partials = slots * config.rows * config.columns * n // 4
 
-    def launch(dy: int, dy_bytes: int, x: int, x_bytes: int, ids: int, out: int, stream: int, stamps: int = 0) -> None:
-        maps = (
-            (PARAM_DY, cached_map(dy, tokens, rows, dy_bytes, STEP, 64)),
-            (PARAM_X, cached_map(x, tokens, columns, x_bytes, STEP, 64)),
-        )
-        values = (*fixed, (PARAM_IDS, ids), (PARAM_OUT, out), (PARAM_STAMP, stamps))
+    def launch(left: cuda_driver.TensorMap, x: cuda_driver.TensorMap, ids: int, out: int, stream: int, extra: int = 0) -> None:
+        maps = ((PARAM_DY, left.address), (PARAM_X, x.address))
+        values = (*fixed, (PARAM_IDS, ids), (PARAM_OUT, out), (PARAM_EXTRA, extra))
         if torch._C._cuda_isCurrentStreamCapturing():
             _CAPTURED.add(lists)  # a graph keeps addresses, not tensors
         if not split:

@@ -76,29 +76,56 @@ def stamp(ptr, slot, _semantic=None):
 
 # --- copies ----------------------------------------------------------------------------------------------------------
 @builtin
-def load_stage(stage, full, tok, row, col, rank, BM, BN, CL, _semantic=None):
-    """One lane: expect the stage's bytes; copy dY's slabs [64 tokens, 64 columns], then X's. In a cluster the CTAs share
-    the X tile: each copies its part and multicasts it to all."""
-    BM, BN, CL = map(unwrap, (BM, BN, CL))
+def load_stage(stage, full, tok, row, col, rank, BM, BN, CL, SHARE, _semantic=None):
+    """One lane: expect the stage's bytes; copy dY's slabs [64 tokens, 64 columns], then X's. In a cluster the CTAs share the
+    tile of SHARE ("dy" or "x"): each copies its part and multicasts it to all."""
+    bm, bn, cluster, share = map(unwrap, (BM, BN, CL, SHARE))
     cp = "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
     lines = [
-        "{ .reg .pred p; .reg .b32 base, bar, d, c; .reg .b64 ta, tb; .reg .b16 m;",
-        f"mov.u16 m, {(1 << CL) - 1}; mov.u32 base, global_smem; add.u32 bar, base, $2; add.u32 base, base, $1;",
+        "{ .reg .pred p; .reg .b32 base, bar, d, c, o; .reg .b64 ta, tb; .reg .b16 m;",
+        f"mov.u16 m, {(1 << cluster) - 1}; mov.u32 base, global_smem; add.u32 bar, base, $2; add.u32 base, base, $1;",
         f"mov.b64 ta, {KERNEL}_param_{PARAM_DY}; cvta.param.u64 ta, ta;",
         f"mov.b64 tb, {KERNEL}_param_{PARAM_X}; cvta.param.u64 tb, tb;",
         "elect.sync _|p, 0xffffffff;",
-        f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {(BM + BN) * 128};",
+        f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {(bm + bn) * 128};",
     ]
-    for i in range(BM // 64):
-        lines.append(f"add.u32 d, base, {i * SLAB}; add.u32 c, $4, {i * 64}; {cp} [d], [ta, {{c, $3}}], [bar];")
-    multi, mask = (".multicast::cluster", ", m") if CL > 1 else ("", "")
-    share = BN // 64 // CL
-    lines.append(f"mad.lo.u32 base, $6, {share * SLAB}, base;")
-    for i in range(share):
-        d = f"add.u32 d, base, {BM // 64 * SLAB + i * SLAB}; mad.lo.u32 c, $6, {share * 64}, $5; add.u32 c, c, {i * 64};"
-        lines.append(f"{d} {cp}{multi} [d], [tb, {{c, $3}}], [bar]{mask};")
+    for name, column, slabs, first in (("ta", "$4", bm // 64, 0), ("tb", "$5", bn // 64, bm // 64)):
+        shared = cluster > 1 and share == ("dy" if name == "ta" else "x")
+        multicast, mask = (".multicast::cluster", ", m") if shared else ("", "")
+        own = slabs // cluster if shared else slabs
+        lines.append(f"mul.lo.u32 o, $6, {own if shared else 0};")
+        for i in range(own):
+            lines.append(
+                f"mad.lo.u32 d, o, {SLAB}, base; add.u32 d, d, {(first + i) * SLAB}; mad.lo.u32 c, o, 64, {column}; add.u32 c, c, {i * 64};"
+                f"{cp}{multicast} [d], [{name}, {{c, $3}}], [bar]{mask};"
+            )
     asm = "\n".join(lines) + "mov.b32 $0, 0; }"
     return asm_scalar(_semantic, asm, "=r" + ",r" * 6, [stage, full, tok, row, col, rank])
+
+
+@builtin
+def load_sparse_stage(stage, full, step, row, col, rank, BN, CL, _semantic=None):
+    """The MVUE product's stage: X's slabs (in a cluster shared as in `load_stage`), then 128 rows of 32 kept values of dY^T."""
+    bn, cluster = unwrap(BN), unwrap(CL)
+    cp = "@p cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+    multicast, mask = (".multicast::cluster", ", m") if cluster > 1 else ("", "")
+    lines = [
+        "{ .reg .pred p; .reg .b32 base, bar, d, c, k; .reg .b64 ta, tb; .reg .b16 m;",
+        f"mov.u16 m, {(1 << cluster) - 1}; mov.u32 base, global_smem; add.u32 bar, base, $2; add.u32 base, base, $1;",
+        f"mov.b64 ta, {KERNEL}_param_{PARAM_DY}; cvta.param.u64 ta, ta;",
+        f"mov.b64 tb, {KERNEL}_param_{PARAM_X}; cvta.param.u64 tb, tb;",
+        "elect.sync _|p, 0xffffffff;",
+        f"@p mbarrier.arrive.expect_tx.shared::cta.b64 _, [bar], {128 * 64 + bn * 128};",
+        f"add.u32 d, base, {bn * 128}; shl.b32 k, $3, 5; {cp} [d], [ta, {{k, $4}}], [bar]; shl.b32 k, $3, 6;",
+    ]
+    own = bn // 64 // cluster
+    for i in range(own):
+        lines.append(
+            f"mad.lo.u32 d, $6, {own * SLAB if cluster > 1 else 0}, base; add.u32 d, d, {i * SLAB}; mad.lo.u32 c, $6, {own * 64 if cluster > 1 else 0}, $5; add.u32 c, c, {i * 64};"
+            f"{cp}{multicast} [d], [tb, {{c, k}}], [bar]{mask};"
+        )
+    asm = "\n".join(lines) + "mov.b32 $0, 0; }"
+    return asm_scalar(_semantic, asm, "=r" + ",r" * 6, [stage, full, step, row, col, rank])
 
 
 # --- wgmma -----------------------------------------------------------------------------------------------------------
@@ -137,6 +164,14 @@ def wgmma(accs, ab, MB, BM, BN, DT, _semantic=None):
     return asm_tied(_semantic, "\n".join(lines), _ties(n) + ",r" * pack, accs, extra, pack)
 
 
+@builtin
+def wgmma_wait_all(accs, _semantic=None):
+    """Everything in flight is finished; tied, so that no use of an accumulator moves above it."""
+    accs = list(accs)
+    pack = int(unwrap(accs[0].shape[1]))
+    return asm_tied(_semantic, "wgmma.wait_group.sync.aligned 0;", _ties(pack * len(accs)), accs, [], pack)
+
+
 # --- links -----------------------------------------------------------------------------------------------------------
 # Thread coordinates: lane = 4 g + q of warp w of the warpgroup (w is scaled to rows); p and u as in the head of this file.
 _COORDS = (
@@ -159,36 +194,49 @@ def write_selectors(offset, ids_ptr, lut_ptr, row, col, num_rows, num_cols, MB, 
     """
     mb, bn = unwrap(MB), unwrap(BN)
     groups = bn // 4
-    per_block = bn // 64 * 4096
-    asm = f"""{{ .reg .pred p; .reg .b32 t, i, c, pr, s, x, y, d, q, f, l0, h0, l1, h1, rl, cl; .reg .b64 a, b;
-    mov.u32 t, %tid.x; and.b32 t, t, 127; sub.u32 i, t, 32; sub.u32 rl, $6, 1; sub.u32 cl, $7, 1;
-    DW_SELECT:
-    div.u32 pr, i, {groups}; mul.lo.u32 x, pr, {groups}; sub.u32 c, i, x;
-    shr.u32 s, pr, 1; and.b32 pr, pr, 1; shr.u32 x, $4, 2; shl.b32 y, s, 2; add.u32 x, x, y; add.u32 x, x, pr;
-    shr.u32 y, $5, 2; add.u32 y, y, c; min.u32 y, y, cl; cvt.u64.u32 b, y; add.u64 b, b, $2; add.u32 y, x, 2;
-    min.u32 x, x, rl; min.u32 y, y, rl; mul.wide.u32 a, x, $7; add.u64 a, a, b; ld.global.nc.u8 x, [a];
-    mul.wide.u32 a, y, $7; add.u64 a, a, b; ld.global.nc.u8 y, [a];
-    mul.wide.u32 a, x, 8; add.u64 a, a, $3; ld.global.nc.v2.b32 {{l0, h0}}, [a];
-    mul.wide.u32 a, y, 8; add.u64 a, a, $3; ld.global.nc.v2.b32 {{l1, h1}}, [a];
-    bfe.u32 f, c, 1, 1; and.b32 q, c, 1; shl.b32 q, q, 1; or.b32 q, q, f; mul.lo.u32 f, f, 0x44444444;
-    xor.b32 l0, l0, f; xor.b32 h0, h0, f; xor.b32 l1, l1, f; xor.b32 h1, h1, f;
-    shl.b32 d, pr, 4; or.b32 d, d, q;"""
-    if mb == 1:
-        asm += "shl.b32 x, s, 5; add.u32 d, d, x; shl.b32 d, d, 4;"
-    else:  # slab s = (warpgroup, m64 block, warp)
-        asm += (
-            "shr.u32 x, s, 3; shl.b32 x, x, 2; and.b32 y, s, 3; or.b32 x, x, y; shl.b32 x, x, 5; add.u32 d, d, x; shl.b32 d, d, 4;"
-            f"bfe.u32 x, s, 2, 1; mad.lo.u32 d, x, {per_block}, d;"
+    total = mb * 16 * groups
+    block_bytes = bn // 64 * 4096
+    unroll = 4  # steps whose ids are fetched together: their latency is what a short problem waits for
+    lines = [
+        "{ .reg .pred p<4>; .reg .b32 t, i, c<4>, pr, s<4>, x<4>, y<4>, d, e, q, f, l0, h0, l1, h1, rl, cl; .reg .b64 a, b;",
+        "mov.u32 t, %tid.x; and.b32 t, t, 127; sub.u32 i, t, 32; sub.u32 rl, $6, 1; sub.u32 cl, $7, 1;",
+        "DW_SELECT:",
+    ]
+    for k in range(unroll):
+        lines.append(
+            f"add.u32 t, i, {96 * k}; setp.lt.u32 p{k}, t, {total}; div.u32 pr, t, {groups}; mul.lo.u32 x{k}, pr, {groups};"
+            f"sub.u32 c{k}, t, x{k}; shl.b32 s{k}, pr, 1; and.b32 pr, pr, 1; shl.b32 x{k}, s{k}, 1; and.b32 x{k}, x{k}, -4;"
+            # s: 4 * slab + 2 * (upper pair of row blocks); x: its first row block
+            f"shr.u32 y{k}, $4, 2; add.u32 x{k}, x{k}, y{k}; add.u32 x{k}, x{k}, pr;"
+            f"shr.u32 y{k}, $5, 2; add.u32 y{k}, y{k}, c{k}; min.u32 y{k}, y{k}, cl; cvt.u64.u32 b, y{k}; add.u64 b, b, $2;"
+            f"add.u32 y{k}, x{k}, 2; min.u32 x{k}, x{k}, rl; min.u32 y{k}, y{k}, rl;"
+            f"mul.wide.u32 a, x{k}, $7; add.u64 a, a, b; mov.b32 x{k}, 0; @p{k} ld.global.nc.u8 x{k}, [a];"
+            f"mul.wide.u32 a, y{k}, $7; add.u64 a, a, b; mov.b32 y{k}, 0; @p{k} ld.global.nc.u8 y{k}, [a];"
         )
-    asm += f"""shr.u32 x, c, 4; shl.b32 x, x, 12; add.u32 d, d, x; bfe.u32 x, c, 2, 2; shl.b32 x, x, 2; add.u32 d, d, x;
-    mov.u32 x, global_smem; add.u32 d, d, x; add.u32 d, d, $1;
-    prmt.b32 x, l0, l1, 0x5410; st.shared.b32 [d], x; prmt.b32 x, l0, l1, 0x7632; st.shared.b32 [d+64], x;
-    prmt.b32 x, h0, h1, 0x5410; st.shared.b32 [d+128], x; prmt.b32 x, h0, h1, 0x7632; st.shared.b32 [d+192], x;
-    add.u32 i, i, 96; setp.lt.u32 p, i, {mb * 16 * groups};
-    @p bra DW_SELECT;
-    bar.warp.sync -1; mov.b32 $0, 0; }}"""
+    for k in range(unroll):
+        lines.append(
+            f"mul.wide.u32 a, x{k}, 8; add.u64 a, a, $3; ld.global.nc.v2.b32 {{l0, h0}}, [a];"
+            f"mul.wide.u32 a, y{k}, 8; add.u64 a, a, $3; ld.global.nc.v2.b32 {{l1, h1}}, [a];"
+            f"bfe.u32 f, c{k}, 1, 1; and.b32 q, c{k}, 1; shl.b32 q, q, 1; or.b32 q, q, f; mul.lo.u32 f, f, 0x44444444;"
+            "xor.b32 l0, l0, f; xor.b32 h0, h0, f; xor.b32 l1, l1, f; xor.b32 h1, h1, f;"
+            f"shr.u32 t, s{k}, 2; bfe.u32 d, s{k}, 1, 1; shl.b32 d, d, 4; or.b32 d, d, q;"  # t: slab; d: lane
+        )
+        if mb == 1:
+            lines.append("shl.b32 e, t, 5; add.u32 d, d, e; shl.b32 d, d, 4;")
+        else:  # slab = (warpgroup, m64 block, warp)
+            lines.append(
+                "shr.u32 e, t, 3; shl.b32 e, e, 2; and.b32 q, t, 3; or.b32 e, e, q; shl.b32 e, e, 5; add.u32 d, d, e; shl.b32 d, d, 4;"
+                f"bfe.u32 e, t, 2, 1; mad.lo.u32 d, e, {block_bytes}, d;"
+            )
+        lines.append(
+            f"shr.u32 e, c{k}, 4; shl.b32 e, e, 12; add.u32 d, d, e; bfe.u32 e, c{k}, 2, 2; shl.b32 e, e, 2; add.u32 d, d, e;"
+            "mov.u32 e, global_smem; add.u32 d, d, e; add.u32 d, d, $1;"
+            f"prmt.b32 e, l0, l1, 0x5410; @p{k} st.shared.b32 [d], e; prmt.b32 e, l0, l1, 0x7632; @p{k} st.shared.b32 [d+64], e;"
+            f"prmt.b32 e, h0, h1, 0x5410; @p{k} st.shared.b32 [d+128], e; prmt.b32 e, h0, h1, 0x7632; @p{k} st.shared.b32 [d+192], e;"
+        )
+    lines.append(f"add.u32 i, i, {96 * unroll}; setp.lt.u32 p0, i, {total};\n@p0 bra DW_SELECT;\nbar.warp.sync -1; mov.b32 $0, 0; }}")
     args = [offset, ids_ptr, lut_ptr, row, col, num_rows, num_cols]
-    return asm_scalar(_semantic, asm, "=r,r,l,l,r,r,r,r", args)
+    return asm_scalar(_semantic, "\n".join(lines), "=r,r,l,l,r,r,r,r", args)
 
 
 def _read_selectors(bn, m, offset):
@@ -410,11 +458,11 @@ def _reduce_loop(label, C, P, n, slot_bytes, bn, out, accumulate):
 
 
 @builtin
-def reduce_share(ws_ptr, out_ptr, row, col, count, c0, c1, num_rows, num_cols, MB, BN, NL, OUT, ACCUMULATE, _semantic=None):
+def reduce_share(ws_ptr, out_ptr, row, col, count, c0, c1, num_rows, num_cols, MB, BN, CL, NL, OUT, ACCUMULATE, _semantic=None):
     """Units [c0, c1) of this warpgroup's links: add `count` partial tiles, store. ws_ptr: the first of them, this warpgroup's
     part; row, col (compressed): corner of the warpgroup's rows of the tile."""
     mb, bn, n, out, accumulate = map(unwrap, (MB, BN, NL, OUT, ACCUMULATE))
-    slot_bytes = 2 * mb * (bn // 16) * 128 * 8 * n
+    slot_bytes = unwrap(CL) * 2 * mb * (bn // 16) * 128 * 8 * n
     names = lambda C, P: " ".join(  # noqa: E731
         [f".reg .pred pc{ci};" for ci in range(C)]
         + [f".reg .pred l{ci}_{pi};" for ci in range(C) for pi in range(P)]

@@ -15,17 +15,18 @@ import numpy as np
 
 from .sm90_config import CONFIGS, STEP, DwConfig
 
-COUNTERS = 256  # split tiles of one call at most
+COUNTERS = 256  # counters of split tiles that one call has
 SHORTEST = 4  # blocks: a shorter piece costs more than the balance it brings
 # Cost model, in units of one 64-token block of a 128x256 tile (0.55-0.6 us)
-TILE_COST = 1.0  # epilogue of a piece
-SPLIT_COST = 4.0  # waiting for the other contributors and adding
-EFFICIENCY = {"128x256": 1.0, "256x128": 0.97, "128x192": 0.9}
+TILE_COST = 1.0  # epilogue of a whole tile
+PIECE_COST = 5.0  # writing a partial tile, waiting for the other contributors, adding
+SPARSE_EFFICIENCY = {"sparse128x256": 2.0}
+EFFICIENCY = {"128x256": 1.0, "256x128": 0.97, "128x192": 0.9, "128x256c2x": 1.01, "128x256c2dy": 1.0, "256x128c2x": 1.0}
 
 
 @dataclass(frozen=True)
 class Work:
-    """A configuration, the number of CTAs (clusters), and whether tiles may be cut along tokens."""
+    """A configuration, the number of CTAs (in a clustered configuration: clusters, below too), may tiles be cut along tokens."""
 
     config: DwConfig
     ctas: int
@@ -84,8 +85,9 @@ def position(tile: int, tiles_m: int, tiles_n: int, group: int) -> tuple[int, in
 
 
 def table(tiles_m: int, tiles_n: int, blocks: int, work: Work) -> tuple[np.ndarray, np.ndarray, int]:
-    """The lists in the kernel's format: starts int32 [ctas, 4] (first piece, end, -, -), pieces int32 [count, 8] (row tile, column
-    tile, first block, blocks; slot or -1, first slot of the tile, its contributors, its counter), number of slots."""
+    """The lists in the kernel's format: pieces int32 [count, 8] (row tile, column tile, first block, blocks; slot or -1, first slot
+    of the tile, its contributors, its counter); starts int32 [ctas, 8] (the first half of the CTA's first piece; its
+    index and that of the piece after the last; -, -); number of slots."""
     lists = pieces(tiles_m * tiles_n, blocks, work.ctas, work.split)
     parts: dict[int, list[tuple[int, int]]] = {}  # split tile -> (first block, CTA), in token order
     for cta, own in enumerate(lists):
@@ -99,13 +101,16 @@ def table(tiles_m: int, tiles_n: int, blocks: int, work: Work) -> tuple[np.ndarr
             slot_of[tile, low, cta] = slots
             slots += 1
     counter_of = {tile: i for i, tile in enumerate(sorted(parts))}
-    starts, rows = [], []
+    starts: list[tuple[int, ...]] = []
+    rows: list[tuple[int, ...]] = []
     for cta, own in enumerate(lists):
-        starts.append((len(rows), len(rows) + len(own), 0, 0))
+        first = len(rows)
         for tile, low, high in own:
             m, n = position(tile, tiles_m, tiles_n, work.config.group)
             slot = slot_of.get((tile, low, cta), -1)
             rows.append((m, n, low, high - low, slot, first_of.get(tile, 0), len(parts.get(tile, ())), counter_of.get(tile, 0)))
+        head = rows[first][:4] if own else (0, 0, 0, 0)
+        starts.append((*head, first, len(rows), 0, 0))
     return np.array(starts, np.int32), np.array(rows, np.int32).reshape(-1, 8), slots
 
 
@@ -113,11 +118,11 @@ def works(tokens: int, out_features: int, in_features: int, config: DwConfig, sm
     """(cost, work) of the ways to divide one problem with one configuration: whole tiles; cut over all CTAs; cut over the
     largest number of CTAs that gives every tile the same number."""
     blocks = -(-tokens // STEP)
-    tiles = -(-out_features // (config.bm * config.cluster)) * -(-in_features // config.bn)
+    tiles = -(-out_features // config.rows) * -(-in_features // config.columns)
     slots = sms // config.cluster
     found = [Work(config, min(tiles, slots), False)]
     full, rest = divmod(tiles, slots)
-    if rest and config.cluster == 1 and rest <= COUNTERS and blocks > 1:
+    if rest and rest * config.cluster <= COUNTERS and blocks > 1:
         for ctas in {slots} if full else {slots, rest * (slots // rest)}:
             ctas = min(ctas, rest * blocks)
             if ctas > rest:
@@ -125,17 +130,18 @@ def works(tokens: int, out_features: int, in_features: int, config: DwConfig, sm
     area = config.bm * config.bn / (128 * 256)
     costs = []
     for work in found:
-        longest = max(sum(high - low + TILE_COST for _, low, high in own) for own in pieces(tiles, blocks, work.ctas, work.split))
-        costs.append((longest + SPLIT_COST * work.split) * area)
+        lists = pieces(tiles, blocks, work.ctas, work.split)
+        longest = max(sum(high - low + (TILE_COST if high - low == blocks else PIECE_COST) * (2 if config.sparse else 1) for _, low, high in own) for own in lists)
+        costs.append(longest * area)
     return list(zip(costs, found, strict=True))
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(tokens: int, out_features: int, in_features: int, sms: int) -> Work:
+def choose(tokens: int, out_features: int, in_features: int, sms: int, sparse: bool = False) -> Work:
     """The division of one problem with the least predicted time."""
     every = [
         (cost / efficiency, work)
-        for name, efficiency in EFFICIENCY.items()
+        for name, efficiency in (SPARSE_EFFICIENCY if sparse else EFFICIENCY).items()
         for cost, work in works(tokens, out_features, in_features, CONFIGS[name], sms)
     ]
     return min(every, key=lambda item: item[0])[1]

@@ -17,15 +17,21 @@ from __future__ import annotations
 import torch
 
 from ... import check
-from ..spmm.sm90_launch import PTX_DTYPE, multiprocessors
-from ..spmm.sm90_wgmma_sp import _padded_rows as padded_rows
-from ..spmm.sm90_wgmma_sp import _row_bytes as row_bytes
-from ..spmm.sm90_wgmma_sp import _rows_aligned as rows_aligned
-from ..spmm.sm90_wgmma_sp import why_not
 from . import sm90_launch
+from .sm90_config import STEP
+from .sm90_launch import PTX_DTYPE, PTX_OUT, tensor_map
 from .sm90_schedule import Work, choose
 
-__all__ = ["weight_grad_sm90", "why_not"]
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None when this kernel can run for a device and the dtype of dy and x, else the reason."""
+    if device.type != "cuda":
+        return f"needs a CUDA device, got {device.type}"
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return f"needs compute capability 9.0, got {torch.cuda.get_device_capability(device)}"
+    if dtype not in PTX_DTYPE:
+        return f"needs bfloat16 or float16, got {dtype}"
+    return None
 
 
 def weight_grad_sm90(
@@ -59,40 +65,59 @@ def weight_grad_sm90(
     """
     (tokens, rows), columns = dy.shape, x.shape[1]
     dtype, device = dy.dtype, dy.get_device()
+    out = checked_out(dy, x, ids, n, out, accumulate, out_dtype)
+    if torch._C._cuda_getDevice() != device:
+        with torch.cuda.device(device):
+            return weight_grad_sm90(dy, x, ids, n, out, accumulate, work=work)
+    if tokens == 0 or out.numel() == 0:
+        return out if accumulate else out.zero_()
+    dy, x, ids = aligned_rows(dy), aligned_rows(x), ids.contiguous()
+    if work is None:
+        work = choose(tokens, rows, columns, sm90_launch.multiprocessors(device))
+    launch = sm90_launch.plan(tokens, rows, columns, n, dtype, out.dtype, accumulate, device, work)
+    left = tensor_map(dy.data_ptr(), tokens, rows, row_bytes(dy), (STEP, 64))
+    right = tensor_map(x.data_ptr(), tokens, columns, row_bytes(x), (STEP, 64))
+    launch(left, right, ids.data_ptr(), out.data_ptr(), torch._C._cuda_getCurrentRawStream(device))
+    return out
+
+
+def row_bytes(t: torch.Tensor) -> int:
+    """Bytes from row to row; a single row may have any stride, so it gets a legal one."""
+    return 2 * t.stride(0) if t.shape[0] > 1 else -(-t.shape[1] // 8) * 16
+
+
+def aligned_rows(t: torch.Tensor) -> torch.Tensor:
+    """``t``, or where TMA cannot address it a copy whose rows are contiguous and 16 bytes or a multiple apart."""
+    rows, columns = t.shape
+    row_stride, column_stride = t.stride()
+    if column_stride == 1 and t.data_ptr() % 16 == 0 and (rows == 1 or (row_stride % 8 == 0 and row_stride >= columns)):
+        return t
+    return torch.empty((rows, -(-columns // 8) * 8), dtype=t.dtype, device=t.device)[:, :columns].copy_(t)
+
+
+def checked_out(
+    dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out: torch.Tensor | None, accumulate: bool, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """``out``, or a new tensor for the result; raises for the first argument that does not fit."""
+    (tokens, rows), (x_tokens, columns) = dy.shape, x.shape
+    device = dy.get_device()
     if (
-        x.shape[0] != tokens or x.dtype != dtype or dtype not in PTX_DTYPE or device < 0 or x.get_device() != device
+        x_tokens != tokens or x.dtype != dy.dtype or dy.dtype not in PTX_DTYPE or device < 0 or x.get_device() != device
         or ids.get_device() != device or ids.shape != (rows // 4, columns // 4) or ids.dtype != torch.uint8
         or rows % 4 or columns % 4 or n not in (1, 2) or (accumulate and out is None)
     ):  # fmt: skip
         _explain(dy, x, ids, n, out, accumulate)
     if out is not None:
         _check_out(out, dy, (rows, columns * n // 4))
-        out_dtype = out.dtype
-    check.require(out_dtype in sm90_launch.PTX_OUT, "out_dtype", "be float32, bfloat16 or float16", out_dtype, TypeError)
-    if torch._C._cuda_getDevice() != device:
-        with torch.cuda.device(device):
-            return weight_grad_sm90(dy, x, ids, n, out, accumulate, out_dtype, work)
-    if out is None:
-        out = torch.empty((rows, columns * n // 4), dtype=out_dtype, device=dy.device)
-    if tokens == 0 or out.numel() == 0:
-        return out if accumulate else out.zero_()
-    if not rows_aligned(dy):
-        dy = padded_rows(dy)
-    if not rows_aligned(x):
-        x = padded_rows(x)
-    if not ids.is_contiguous():
-        ids = ids.contiguous()
-    if work is None:
-        work = choose(tokens, rows, columns, multiprocessors(device))
-    launch = sm90_launch.plan(tokens, rows, columns, n, dtype, out_dtype, accumulate, device, work)
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    launch(dy.data_ptr(), row_bytes(dy), x.data_ptr(), row_bytes(x), ids.data_ptr(), out.data_ptr(), stream)
-    return out
+        return out
+    check.require(out_dtype in PTX_OUT, "out_dtype", "be float32, bfloat16 or float16", out_dtype, TypeError)
+    return torch.empty((rows, columns * n // 4), dtype=out_dtype, device=dy.device)
 
 
 def _check_out(out: torch.Tensor, dy: torch.Tensor, shape: tuple[int, int]) -> None:
     check.require(tuple(out.shape) == shape, "out", f"have shape {shape}", tuple(out.shape))
     check.require(out.get_device() == dy.get_device(), "out", f"be on the device of dy ({dy.device})", out.device)
+    check.require(out.dtype in PTX_OUT, "out", "have dtype float32, bfloat16 or float16", out.dtype, TypeError)
     fits = out.is_contiguous() and out.data_ptr() % 8 == 0
     check.require(fits, "out", "be contiguous and 8-byte aligned", (out.stride(), out.data_ptr() % 8))
 
