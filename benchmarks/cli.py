@@ -62,9 +62,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    import torch
-
-    if torch.cuda.is_available() and not supervise.is_worker():
+    if not supervise.is_worker() and supervise.has_gpu():
         budget = options.budget or (QUICK_SECONDS if options.quick else None)
         return supervise.supervise(arguments, budget)
     from benchmarks.session import run_session

@@ -16,7 +16,6 @@ from benchmarks.roofs import measure_roofs
 from benchmarks.runner import Options, run
 from benchmarks.view import View
 
-
 TAIL_S = 3.0
 """Tables and plots at the end of a run."""
 

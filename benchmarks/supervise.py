@@ -3,6 +3,7 @@ not the run."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -24,6 +25,16 @@ MARKER, EARLIER = "CHTS_BENCHMARK_MARKER", "CHTS_BENCHMARK_EARLIER"
 
 def is_worker() -> bool:
     return MARKER in os.environ
+
+
+def has_gpu() -> bool:
+    """Whether the CUDA driver counts a device; without importing torch, which takes seconds and is the worker's to do."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int(0)
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
 
 
 def supervise(arguments: Sequence[str], budget: float | None) -> int:

@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from .format import SparseWeight
-from .ops._batch import on_device, table
+from .ops._batch import BatchKernel, compile_all, on_device, recording, table
 from .ops.carry_over.triton_carry_over import bits
 from .ops.regrow.triton_regrow import regrow_many
 from .ops.remove.triton_remove import block_masks, remove_many
-from .ops.score.triton_score import score_many, workspace_bytes
+from .ops.score.triton_score import Raw, digits_for, raw_score, score_raw, weight_range, workspace_bytes
 from .patterns import pattern_table
 
 WORKSPACE_BYTES = 192 << 20
@@ -23,15 +23,19 @@ PARTIALS = 64
 
 @triton.jit
 def moments_kernel(
-    scores_ptr, survivors_ptr, ids_ptr, mask16_ptr, partials_ptr, block_columns, blocks,
-    PATTERNS: tl.constexpr, BLOCKS: tl.constexpr,
+    sums_ptr, degrees_ptr, state_ptr, survivors_ptr, ids_ptr, mask16_ptr, partials_ptr,
+    block_columns, blocks, rows_padded, columns_padded, programs,
+    PATTERNS: tl.constexpr, QMAX: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Sums of scores and squared scores over the links of ``ids`` and over the survivors, in float64."""
-    b = tl.program_id(1)
+    b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     base = b.to(tl.int64) * blocks
+    origin, unit = weight_range(state_ptr, b, blocks // block_columns * 4, block_columns * 4, QMAX)
+    sums_ptr += b.to(tl.int64) * rows_padded * columns_padded
+    degrees_ptr += b.to(tl.int64) * (rows_padded + columns_padded)
     before = tl.zeros([BLOCKS], tl.float64)
     before2, after, after2 = before, before, before
-    start = tl.program_id(0) * BLOCKS
+    start = program * BLOCKS
     while start < blocks:
         block = start + tl.arange(0, BLOCKS)
         valid = block < blocks
@@ -39,21 +43,29 @@ def moments_kernel(
         kept = tl.load(survivors_ptr + base + block, mask=valid, other=0)
         i, j = block // block_columns, block % block_columns
         for r in tl.static_range(4):
-            place = scores_ptr + (base * 4 + (i * 4 + r).to(tl.int64) * block_columns + j) * 4
+            row_degree = tl.load(degrees_ptr + i * 4 + r, mask=valid, other=0)
+            place = sums_ptr + (i * 4 + r).to(tl.int64) * columns_padded + j * 4
             for c in tl.static_range(4):
-                score = tl.load(place + c, mask=valid, other=0.0).to(tl.float64)
-                old = tl.where((links >> (4 * r + c) & 1) != 0, score, 0.0)
-                new = tl.where((kept >> (4 * r + c) & 1) != 0, score, 0.0)
+                column_degree = tl.load(degrees_ptr + rows_padded + j * 4 + c, mask=valid, other=0)
+                own = kept >> (4 * r + c) & 1
+                sums = tl.load(place + c, mask=valid, other=0)
+                score = raw_score(sums, row_degree, column_degree, own, origin, unit, QMAX).to(tl.float64)
+                old = tl.where((valid & ((links >> (4 * r + c) & 1) != 0)), score, 0.0)
+                new = tl.where((valid & (own != 0)), score, 0.0)
                 before += old
                 before2 += old * old
                 after += new
                 after2 += new * new
-        start += tl.num_programs(0) * BLOCKS
-    out_ptr = partials_ptr + (b * tl.num_programs(0) + tl.program_id(0)) * 4
+        start += programs * BLOCKS
+    out_ptr = partials_ptr + tl.program_id(0) * 4
     tl.store(out_ptr, tl.sum(before))
     tl.store(out_ptr + 1, tl.sum(before2))
     tl.store(out_ptr + 2, tl.sum(after))
     tl.store(out_ptr + 3, tl.sum(after2))
+
+
+MOMENTS = BatchKernel(moments_kernel, 4)
+_compiled: set[tuple] = set()
 
 
 def batches(weights: Sequence[SparseWeight], moments: Sequence[Sequence[torch.Tensor]]) -> list[list[int]]:
@@ -65,7 +77,7 @@ def batches(weights: Sequence[SparseWeight], moments: Sequence[Sequence[torch.Te
     chunks = []
     for (shape, n, *_), members in groups.items():
         links = shape[0] * shape[1] * n // 4
-        size = max(1, WORKSPACE_BYTES // max(workspace_bytes(*shape), 8 * links))
+        size = max(1, WORKSPACE_BYTES // max(workspace_bytes(*shape), 12 * links))
         chunks += [members[start : start + size] for start in range(0, len(members), size)]
     return chunks
 
@@ -85,34 +97,59 @@ def evolve_batch(
     schedule: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor] | None]:
     """(old ids [B, ..], survivors [B, ..], stats with [B] tensors) of layers of one shape; ids, values, moments in place."""
+    arguments = weights, layers, moments
+    options = zeta, temperature, removal, regrowth, seed, step, stats, schedule
     first = weights[0]
-    n, device = first.n, first.device
-    values, ids = [w.values.detach() for w in weights], [w.ids for w in weights]
+    sizes = tuple(bits(m) for m in moments[0])
+    kind = first.device, first.n, first.dtype, sizes, removal, regrowth, stats, schedule is None, digits_for(*first.shape)
     with on_device(first.ids):
-        rows = [[v.data_ptr() for v in values], [i.data_ptr() for i in ids], list(layers)]
-        rows += [[m[index].data_ptr() for m in moments] for index in range(len(moments[0]))]
-        pointers = table(rows, device)
-        survivors = remove_many(
-            values, ids, n, zeta, temperature, removal, seed, layers, step, schedule=schedule, pointers=pointers
-        )
-        scores = score_many(survivors) if regrowth != "random" or stats else None
-        old_ids, counters = regrow_many(
-            scores, survivors, n, regrowth, seed, pointers, step,
-            sizes=[bits(values[0]), *(bits(m) for m in moments[0])], in_place=True, stats=stats, schedule=schedule,
-        )  # fmt: skip
-        for w, of_weight in zip(weights, moments, strict=True):
-            for tensor in (w.ids, w.values, *of_weight):
-                torch.autograd.graph.increment_version(tensor)
-        if not stats:
-            return old_ids, survivors, None
-        links = values[0].numel()
-        removed = int(zeta * links) if schedule is None else (schedule[0] * links).floor()
-        figures = _stats(scores, survivors, old_ids, counters, n, links - removed)
-    return old_ids, survivors, figures
+        if first.ids.is_cuda and kind not in _compiled:
+            with recording() as requests:
+                _launch(*arguments, *options)
+            compile_all(requests)
+            _compiled.add(kind)
+        result = _launch(*arguments, *options)
+    for w, of_weight in zip(weights, moments, strict=True):
+        for tensor in (w.ids, w.values, *of_weight):
+            torch.autograd.graph.increment_version(tensor)
+    return result
+
+
+def _launch(
+    weights: Sequence[SparseWeight],
+    layers: Sequence[int],
+    moments: Sequence[Sequence[torch.Tensor]],
+    zeta: float,
+    temperature: float,
+    removal: str,
+    regrowth: str,
+    seed: int,
+    step: int,
+    stats: bool,
+    schedule: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor] | None]:
+    n, device = weights[0].n, weights[0].device
+    values, ids = [w.values.detach() for w in weights], [w.ids for w in weights]
+    rows = [[v.data_ptr() for v in values], [i.data_ptr() for i in ids], list(layers)]
+    rows += [[m[index].data_ptr() for m in moments] for index in range(len(moments[0]))]
+    pointers = table(rows, device)
+    survivors = remove_many(
+        values, ids, n, zeta, temperature, removal, seed, layers, step, schedule=schedule, pointers=pointers
+    )
+    scores = score_raw(survivors) if regrowth != "random" or stats else None
+    old_ids, counters = regrow_many(
+        scores, survivors, n, regrowth, seed, pointers, step,
+        sizes=[bits(values[0]), *(bits(m) for m in moments[0])], in_place=True, stats=stats, schedule=schedule,
+    )  # fmt: skip
+    if not stats:
+        return old_ids, survivors, None
+    links = values[0].numel()
+    removed = int(zeta * links) if schedule is None else (schedule[0] * links).floor()
+    return old_ids, survivors, _stats(scores, survivors, old_ids, counters, n, links - removed)
 
 
 def _stats(
-    scores: torch.Tensor,
+    scores: Raw,
     survivors: torch.Tensor,
     old_ids: torch.Tensor,
     counters: torch.Tensor,
@@ -125,9 +162,10 @@ def _stats(
     blocks = block_rows * block_columns
     patterns = pattern_table(n)
     partials = torch.empty(layers, PARTIALS, 4, dtype=torch.float64, device=device)
-    moments_kernel[(PARTIALS, layers)](
-        scores, survivors, old_ids, patterns.tensor("mask16", device), partials, block_columns, blocks,
-        PATTERNS=len(patterns), BLOCKS=128, num_warps=4,
+    MOMENTS(
+        PARTIALS * layers, scores.sums, scores.degrees, scores.state, survivors, old_ids, patterns.tensor("mask16", device),
+        partials, block_columns, blocks, scores.rows_padded, scores.columns_padded, PARTIALS,
+        PATTERNS=len(patterns), QMAX=scores.qmax, BLOCKS=128,
     )  # fmt: skip
     before, before2, after, after2 = partials.sum(1).unbind(1)
     links = blocks * 4 * n

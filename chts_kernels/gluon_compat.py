@@ -37,7 +37,7 @@ aggregate = getattr(gluon, "aggregate", None) or tlcore._aggregate
 thread_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 
-__all__ = ["DESC_PARAMS", "RESERVED_SHARED", "VERSION", "aggregate", "asm_plain", "asm_scalar", "asm_tied", "builtin", "compile_kernel", "gl",
+__all__ = ["DESC_PARAMS", "RESERVED_SHARED", "VERSION", "aggregate", "asm_scalar", "asm_tied", "builtin", "compile_kernel", "gl",
            "gluon", "pack_tuple", "ptxas_log", "thread_barrier", "tma_store", "triton_shared_bytes", "unwrap"]
 
 
@@ -57,13 +57,6 @@ def asm_tied(semantic, asm: str, constraints: str, tensors, extra, pack: int):
     call = semantic.builder.create_inline_asm(asm, constraints, [t.handle for t in tensors] + [e.handle for e in extra],
                                               [kind.to_ir(semantic.builder)] * len(tensors), False, pack)
     return pack_tuple(glcore.tensor(call.get_result(i), kind) for i in range(len(tensors)))
-
-
-def asm_plain(semantic, asm: str, constraints: str, tensors, types, pack: int):
-    """Inline PTX from register tensors of one shape to new ones of the same shape and the given types, as a Gluon tuple."""
-    call = semantic.builder.create_inline_asm(asm, constraints, [t.handle for t in tensors], [t.to_ir(semantic.builder) for t in types],
-                                              False, pack)
-    return pack_tuple(glcore.tensor(call.get_result(i), kind) for i, kind in enumerate(types))
 
 
 def pack_tuple(items):

@@ -9,6 +9,13 @@ from importlib import metadata
 import torch
 
 
+# Kernel family: lowest and highest compute capability, and what it computes in. One name for all passes of a family.
+KERNELS: dict[str, tuple[tuple[int, int], tuple[int, int] | None, str]] = {
+    "wgmma_sp": ((9, 0), (9, 0), "Hopper tensor cores, sparse and dense: bfloat16, float16"),
+    "triton": ((8, 0), None, "packing, pruning and topology: bfloat16, float16, float32"),
+}
+
+
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
@@ -29,16 +36,25 @@ def why_not_cuda(
     if capability is None:
         return f"it needs a CUDA device, got {device.type}"
     if capability < minimum or (maximum is not None and capability > maximum):
-        wanted = f"{minimum[0]}.{minimum[1]}" + (" or higher" if maximum is None else "" if maximum == minimum else " to "
-                                                 f"{maximum[0]}.{maximum[1]}")
+        upper = " or higher" if maximum is None else "" if maximum == minimum else f" to {maximum[0]}.{maximum[1]}"
+        wanted = f"{minimum[0]}.{minimum[1]}{upper}"
         return f"it needs compute capability {wanted}, {device} has {capability[0]}.{capability[1]}"
     return None
+
+
+def why_not_kernel(name: str, device: torch.device) -> str | None:
+    """None when the kernel family ``name`` (a key of :data:`KERNELS`) can run on ``device``, else the reason."""
+    minimum, maximum, _ = KERNELS[name]
+    reason = why_not_cuda(device, minimum, maximum)
+    if reason is None and _package_version("triton") == "not installed":
+        reason = "it needs the package triton, which is not installed"
+    return reason
 
 
 @functools.cache
 def has_sparse_tensor_core_kernel(index: int) -> bool:
     """Whether a kernel of this package drives the sparse tensor cores of CUDA device ``index``."""
-    return why_not_cuda(torch.device("cuda", index), (9, 0), (9, 0)) is None
+    return why_not_kernel("wgmma_sp", torch.device("cuda", index)) is None
 
 
 def _package_version(name: str) -> str:
@@ -73,8 +89,14 @@ def capability_report() -> str:
             f"  cuda:{index}   {properties.name}, compute capability {capability}, "
             f"{properties.multi_processor_count} multiprocessors, {properties.total_memory / 2**30:.0f} GiB"
         )
+    lines += ["", "kernels"]
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    for name, (_, _, what) in KERNELS.items():
+        reason = why_not_kernel(name, device)
+        state = f"runs on {device}" if reason is None else f"no, {reason}"
+        lines.append(f"  {name:10} {what}: {state}")
     lines += ["", "operations (auto takes the first that can run)"]
+    width = max(map(len, REGISTRY))
     for op in REGISTRY.values():
-        names = [kernel.name for kernel in op.kernels]
-        lines.append(f"  {op.name:16} {', '.join([*names, 'reference'])}")
+        lines.append(f"  {op.name:{width}} {', '.join([*(kernel.name for kernel in op.kernels), 'reference'])}")
     return "\n".join(lines)

@@ -35,15 +35,15 @@ def build(problem: LinearProblem | PruneProblem | ModelProblem, impl: str) -> li
     for backend in BACKENDS:
         try:
             if isinstance(problem, ModelProblem):
+                check(backend, problem.device)
                 variants.append(_model(problem, backend))
+                break  # several models at a time would only cost memory
             elif isinstance(problem, PruneProblem):
                 variants.append(_prune(problem, backend))
             else:
                 variants.append(_linear(problem, backend))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             reasons.append(f"{backend}: {str(error).splitlines()[0][:160]}")
-        if isinstance(problem, ModelProblem) and variants:
-            break  # two models at a time would only cost memory
     if not variants:
         raise Unavailable("; ".join(reasons))
     return variants
@@ -63,6 +63,19 @@ def prune(weight: torch.Tensor, backend: str) -> Any:
         "cutlass": torch.sparse.SparseSemiStructuredTensorCUTLASS,
     }[backend]
     return kind.prune_dense_static_sort(weight, algorithm=ALGORITHM)
+
+
+@torch.no_grad()
+def check(backend: str, device: torch.device) -> None:
+    """Raise ValueError unless this backend multiplies correctly here: the loss of a model would hardly show it."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (2, 256, 256)
+    dense, x = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16).unbind()
+    weight = prune(dense, backend)
+    pruned = masked(dense, weight.compressed_swizzled_bitmask)
+    for actual, exact in ((x @ weight.t(), x @ pruned.t()), (x @ weight, x @ pruned)):
+        if not (actual - exact).norm() < 0.05 * exact.norm():
+            raise ValueError("wrong products on this device")
 
 
 def _linear(problem: LinearProblem, backend: str) -> Variant:

@@ -1,6 +1,6 @@
 """Plain Triton kernels behind the operations: who may run, compile once, launch cheaply. Imports Triton only to compile.
 
-A launch goes through :class:`chts_kernels.cuda_driver.Kernel` with integer arguments: a few microseconds instead of the tens that
+A launch goes through :class:`chts_kernels.cuda_driver.Launch` with integer arguments: a few microseconds instead of the tens that
 Triton's own binder takes. Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors, which is how their logic is tested
 without a device.
 """
@@ -135,26 +135,38 @@ class TritonKernel:
         return cuda_driver.Kernel(compiled.asm["cubin"], name, kinds, num_warps * 32, shared, 1, device)
 
     def launch(self, blocks: int, arguments: tuple[Any, ...], constants: tuple[tuple[str, Any], ...], num_warps: int) -> None:
-        """Enqueue ``blocks`` blocks on the current stream of the device of the first tensor argument.
+        """Enqueue ``blocks`` blocks on the current stream of the device of the first argument, a tensor.
 
         ``arguments``: tensors (their addresses are passed), None (a null pointer) and integers, in the order of the function.
         """
-        first = next(a for a in arguments if isinstance(a, torch.Tensor))
-        if first.device.type == "cpu":
+        device = arguments[0].get_device()
+        if device < 0:
             plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
             self.function[(blocks,)](*plain, **dict(constants))
             return
-        device = first.get_device()
-        types = tuple(
-            [TYPES[a.dtype] if isinstance(a, torch.Tensor) else "*i32" if a is None else "i32" for a in arguments]
-        )
-        kernel = self.load(types, constants, num_warps, device)
-        values = tuple(
-            [(i, a.data_ptr() if isinstance(a, torch.Tensor) else a or 0) for i, a in enumerate(arguments)]
-        )
-        stream = torch._C._cuda_getCurrentRawStream(device)
+        types, addresses, integers = [], [], []
+        for i, a in enumerate(arguments):
+            if type(a) is int:
+                types.append("i32")
+                integers.append((i, a))
+            elif a is None:
+                types.append("*i32")
+            else:
+                types.append(TYPES[a.dtype])
+                addresses.append((i, a.data_ptr()))
+        launch = self._plan(blocks, tuple(types), tuple(integers), constants, num_warps, device)
+        values = launch.values
+        for i, address in addresses:
+            values[i] = address
         if torch._C._cuda_getDevice() == device:
-            kernel.launch(blocks, stream, (), values)
+            launch.run(torch._C._cuda_getCurrentRawStream(device))
         else:
             with torch.cuda.device(device):
-                kernel.launch(blocks, stream, (), values)
+                launch.run(torch._C._cuda_getCurrentRawStream(device))
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def _plan(
+        self, blocks: int, types: tuple[str, ...], integers: tuple[tuple[int, int], ...],
+        constants: tuple[tuple[str, Any], ...], num_warps: int, device: int,
+    ) -> cuda_driver.Launch:  # fmt: skip
+        return cuda_driver.Launch(self.load(types, constants, num_warps, device), blocks, integers)

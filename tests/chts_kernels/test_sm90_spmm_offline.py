@@ -13,7 +13,7 @@ import torch
 from chts_kernels.cuda_driver import parameters
 from chts_kernels.ops.spmm import sm90_launch as launch
 from chts_kernels.ops.spmm import sm90_wgmma_sp
-from chts_kernels.ops.spmm.sm90_config import CONFIGS, SHARED_LIMIT, Sm90Config, choose, why_illegal
+from chts_kernels.ops.spmm.sm90_config import CONFIGS, CYCLES, MEASURED, SHARED_LIMIT, Sm90Config, choose, why_illegal
 
 triton = pytest.importorskip("triton")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -89,9 +89,8 @@ def test_parameters_are_read_from_the_entry():
         (Sm90Config(256, 256, 2), "accumulators"),
         (Sm90Config(128, 128, cluster=4), "cluster must be"),
         (Sm90Config(128, 48 + 16, cluster=2, stages=1), "at least 2"),
-        (Sm90Config(128, 128, shift=5), "between 0 and"),
-        (Sm90Config(64, 128, shift=1), "two warpgroups"),
-        (Sm90Config(128, 128, 3, shift=2), "shift \\+ 2 stages"),
+        (Sm90Config(128, 128, hints="nn"), "hints must be"),
+        (Sm90Config(128, 128, cluster=2, hints="nex"), "hints must be"),
         (Sm90Config(128, 128, y_tokens=48), "divide bn"),
         (Sm90Config(128, 256, 5), "shared memory"),
         (Sm90Config(128, 128, group=0), "positive"),
@@ -107,6 +106,9 @@ def test_illegal_configurations_are_named(config, rule):
 
 def test_the_table_is_legal_and_every_problem_gets_a_configuration_from_it():
     assert all(why_illegal(config) is None for config in CONFIGS.values())
+    assert set(CYCLES) <= set(CONFIGS) and set(MEASURED.values()) <= set(CONFIGS)
+    for shape, name in MEASURED.items():
+        assert choose(*shape, 132) is CONFIGS[name]
     sizes = [4, 64, 512, 1096, 4096, 11008]
     for tokens, rows, columns in itertools.product([1, 17, 1000, 16384], sizes, sizes):
         assert choose(tokens, rows, columns, 132) in CONFIGS.values()

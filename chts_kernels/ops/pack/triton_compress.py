@@ -12,7 +12,7 @@ import triton.language as tl
 
 from ...patterns import BLOCK
 from .. import _triton
-from .triton_pack import block_table
+from .triton_pack import block_table, join_four, split_four
 
 
 @triton.jit
@@ -49,13 +49,10 @@ def pack_kernel(dense_ptr, ids_ptr, table_ptr, values_ptr, block_rows, block_col
     facts = tl.load(table_ptr + ids.to(tl.int32))
     for r in tl.static_range(4):
         group = (4 * row + r).to(tl.int64) * block_columns + column
-        x = tl.load(dense_ptr.to(KIND) + 4 * group[:, None] + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0)
-        even, odd = tl.split(tl.reshape(x, (LANES_N * LANES_K, 2, 2)))
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
-        first = pick((x0, x1, x2, x3), link_column(facts, r, 0, LINKS))
+        x = split_four(tl.load(dense_ptr.to(KIND) + 4 * group[:, None] + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0))
+        first = pick(x, link_column(facts, r, 0, LINKS))
         if LINKS == 2:
-            pair = tl.join(first, pick((x0, x1, x2, x3), link_column(facts, r, 1, LINKS)))
+            pair = tl.join(first, pick(x, link_column(facts, r, 1, LINKS)))
             tl.store(values_ptr.to(KIND) + 2 * group[:, None] + tl.arange(0, 2)[None, :], pair, mask=inside[:, None])
         else:
             tl.store(values_ptr.to(KIND) + group, first, mask=inside)
@@ -82,8 +79,7 @@ def unpack_kernel(values_ptr, ids_ptr, table_ptr, dense_ptr, block_rows, block_c
             if LINKS == 2:
                 element = tl.where(link_column(facts, r, 1, LINKS) == c, second, element)
             x = x + (element,)
-        quad = tl.reshape(tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3])), (LANES_N * LANES_K, 4))
-        tl.store(dense_ptr.to(KIND) + 4 * group[:, None] + tl.arange(0, 4)[None, :], quad, mask=inside[:, None])
+        tl.store(dense_ptr.to(KIND) + 4 * group[:, None] + tl.arange(0, 4)[None, :], join_four(x), mask=inside[:, None])
 
 
 PACK = _triton.TritonKernel(pack_kernel)

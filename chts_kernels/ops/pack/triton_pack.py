@@ -51,34 +51,53 @@ def block_table(n: int, device: torch.device) -> torch.Tensor:
 
 
 @triton.jit
-def load_four(pointers, inside, count, VECTOR: tl.constexpr):
-    """Four consecutive elements a thread, as a tuple; elements from ``count`` on and rows not ``inside`` are not read."""
+def anchor(pointer, KIND: tl.constexpr, offset, VECTOR: tl.constexpr):
+    """A thread's pointers to four consecutive elements of type KIND at ``offset``: [threads, 4] for vectors, else [threads]."""
+    at = pointer.to(tl.pointer_type(KIND)) + offset
+    if VECTOR:
+        at = at[:, None] + tl.arange(0, 4)[None, :]
+    return at
+
+
+@triton.jit
+def split_four(x):
+    """[threads, 4] to a tuple of four [threads]."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def join_four(x):
+    """The inverse of :func:`split_four`."""
+    return tl.reshape(tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3])), (x[0].shape[0], 4))
+
+
+@triton.jit
+def load_four(at, inside, count, VECTOR: tl.constexpr):
+    """Four elements at an :func:`anchor`, as a tuple; those from ``count`` on and rows not ``inside`` are not read."""
     if VECTOR:  # count is 0 or 4
-        x = tl.load(pointers[:, None] + tl.arange(0, 4)[None, :], mask=(inside & (count > 0))[:, None], other=0)
-        even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
-        x0, x2 = tl.split(even)
-        x1, x3 = tl.split(odd)
-        return x0, x1, x2, x3
+        return split_four(tl.load(at, mask=(inside & (count > 0))[:, None], other=0))
     else:
         return (
-            tl.load(pointers, mask=inside & (count > 0), other=0),
-            tl.load(pointers + 1, mask=inside & (count > 1), other=0),
-            tl.load(pointers + 2, mask=inside & (count > 2), other=0),
-            tl.load(pointers + 3, mask=inside & (count > 3), other=0),
+            tl.load(at, mask=inside & (count > 0), other=0),
+            tl.load(at + 1, mask=inside & (count > 1), other=0),
+            tl.load(at + 2, mask=inside & (count > 2), other=0),
+            tl.load(at + 3, mask=inside & (count > 3), other=0),
         )
 
 
 @triton.jit
-def store_four(pointers, x, inside, count, VECTOR: tl.constexpr):
+def store_four(at, x, inside, count, VECTOR: tl.constexpr):
     """The counterpart of :func:`load_four`."""
     if VECTOR:
-        quad = tl.reshape(tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3])), (x[0].shape[0], 4))
-        tl.store(pointers[:, None] + tl.arange(0, 4)[None, :], quad, mask=(inside & (count > 0))[:, None])
+        tl.store(at, join_four(x), mask=(inside & (count > 0))[:, None])
     else:
-        tl.store(pointers, x[0], mask=inside & (count > 0))
-        tl.store(pointers + 1, x[1], mask=inside & (count > 1))
-        tl.store(pointers + 2, x[2], mask=inside & (count > 2))
-        tl.store(pointers + 3, x[3], mask=inside & (count > 3))
+        tl.store(at, x[0], mask=inside & (count > 0))
+        tl.store(at + 1, x[1], mask=inside & (count > 1))
+        tl.store(at + 2, x[2], mask=inside & (count > 2))
+        tl.store(at + 3, x[3], mask=inside & (count > 3))
 
 
 @triton.jit
@@ -88,9 +107,8 @@ def half_word(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def load_ids(ids_ptr, tile_n, tile_k, block_columns, count_n, count_k, ROW: tl.constexpr, VECTOR_K: tl.constexpr):
+def load_ids(at, count_n, count_k, ROW: tl.constexpr, VECTOR_K: tl.constexpr):
     """The ids of block row ROW of the thread's tile: a tuple of four, PADDING_ID beyond the matrix."""
-    at = ids_ptr + (4 * tile_n + ROW).to(tl.int64) * block_columns + 4 * tile_k
     if VECTOR_K:
         inside = (count_n > ROW) & (count_k > 0)
         four = tl.load(at.to(tl.pointer_type(tl.uint32)), mask=inside, other=0xFFFFFFFF)
@@ -105,11 +123,10 @@ def load_ids(ids_ptr, tile_n, tile_k, block_columns, count_n, count_k, ROW: tl.c
 
 
 @triton.jit
-def row_words(values_ptr, row, tile_k, block_columns, facts, inside, count_k, R: tl.constexpr, LINKS: tl.constexpr,
-              CONVERT: tl.constexpr, DTYPE: tl.constexpr, VECTOR_K: tl.constexpr):  # fmt: skip
-    """The four words (2:4 pairs of half words) of row R of a block row of the thread's tile."""
+def row_words(at, facts, inside, count_k, R: tl.constexpr, LINKS: tl.constexpr, CONVERT: tl.constexpr, DTYPE: tl.constexpr,
+              VECTOR_K: tl.constexpr):  # fmt: skip
+    """The four words (2:4 pairs of half words) of row R of a block row of the thread's tile, whose values begin ``at``."""
     if LINKS == 1:
-        at = values_ptr + row.to(tl.int64) * block_columns + 4 * tile_k
         links = load_four(at, inside, count_k, VECTOR_K)
         words = ()
         for j in tl.static_range(4):
@@ -117,7 +134,6 @@ def row_words(values_ptr, row, tile_k, block_columns, facts, inside, count_k, R:
             words = words + (half_word(links[j], DTYPE) << ((column & 1) << 4),)
         return words
     elif CONVERT:
-        at = values_ptr + row.to(tl.int64) * (2 * block_columns) + 8 * tile_k
         a = load_four(at, inside, 2 * count_k, VECTOR_K)
         b = load_four(at + 4, inside, 2 * count_k - 4, VECTOR_K)
         return (
@@ -127,7 +143,6 @@ def row_words(values_ptr, row, tile_k, block_columns, facts, inside, count_k, R:
             half_word(b[2], DTYPE) | half_word(b[3], DTYPE) << 16,
         )
     else:
-        at = values_ptr.to(tl.pointer_type(tl.uint32)) + row.to(tl.int64) * block_columns + 4 * tile_k
         return load_four(at, inside, count_k, VECTOR_K)
 
 
@@ -188,6 +203,7 @@ def store_metadata(meta_ptr, facts, tile_n, tile_k, block_rows, block_columns, T
 def store_transposed(operand_t_ptr, words, facts, tile_n, tile_k, block_rows, count_n, count_k, LINKS: tl.constexpr,
                      VECTOR_N: tl.constexpr):  # fmt: skip
     """The thread's tile of the transposed operand; ``words[i][r][j]`` of its block rows, rows and block columns."""
+    at = anchor(operand_t_ptr, tl.uint32, (16 * tile_k).to(tl.int64) * block_rows + 4 * tile_n, VECTOR_N)
     for j in tl.static_range(4):
         low, high = (), ()
         for i in tl.static_range(4):
@@ -198,8 +214,7 @@ def store_transposed(operand_t_ptr, words, facts, tile_n, tile_k, block_rows, co
             column = ()
             for i in tl.static_range(4):
                 column = column + (transposed_word(low[i], high[i], facts[i][j], c, LINKS),)
-            at = operand_t_ptr.to(tl.pointer_type(tl.uint32)) + (16 * tile_k + 4 * j + c).to(tl.int64) * block_rows + 4 * tile_n
-            store_four(at, column, count_k > j, count_n, VECTOR_N)
+            store_four(at + (4 * j + c) * block_rows, column, count_k > j, count_n, VECTOR_N)
 
 
 @triton.jit
@@ -221,19 +236,25 @@ def pack_operands_kernel(values_ptr, ids_ptr, table_ptr, operand_ptr, meta_ptr, 
         block_columns = block_columns // 4 * 4
 
     facts, words = (), ()
+    at = ids_ptr + (4 * tile_n).to(tl.int64) * block_columns + 4 * tile_k
     for i in tl.static_range(4):
-        ids = load_ids(ids_ptr, tile_n, tile_k, block_columns, count_n, count_k, i, VECTOR_K)
+        ids = load_ids(at + i * block_columns, count_n, count_k, i, VECTOR_K)
         facts = facts + ((tl.load(table_ptr + ids[0]), tl.load(table_ptr + ids[1]),
                           tl.load(table_ptr + ids[2]), tl.load(table_ptr + ids[3])),)  # fmt: skip
+    offset = (16 * tile_n).to(tl.int64) * block_columns + 4 * tile_k  # of the tile, in groups of four columns
+    # The elements of values are words of two links where they are copied as they are.
+    KIND: tl.constexpr = values_ptr.dtype.element_ty if CONVERT or LINKS == 1 else tl.uint32
+    PER_GROUP: tl.constexpr = 2 if CONVERT and LINKS == 2 else 1
+    source = anchor(values_ptr, KIND, offset * PER_GROUP, VECTOR_K)
+    if HAS_OPERAND:
+        target = anchor(operand_ptr, tl.uint32, offset, VECTOR_K)
     for i in tl.static_range(4):
         rows = ()
         for r in tl.static_range(4):
-            row = 16 * tile_n + (4 * i + r)
-            four = row_words(values_ptr, row, tile_k, block_columns, facts[i], count_n > i, count_k, r, LINKS, CONVERT, DTYPE,
-                             VECTOR_K)  # fmt: skip
+            step = (4 * i + r) * block_columns
+            four = row_words(source + step * PER_GROUP, facts[i], count_n > i, count_k, r, LINKS, CONVERT, DTYPE, VECTOR_K)
             if HAS_OPERAND:
-                at = operand_ptr.to(tl.pointer_type(tl.uint32)) + row.to(tl.int64) * block_columns + 4 * tile_k
-                store_four(at, four, count_n > i, count_k, VECTOR_K)
+                store_four(target + step, four, count_n > i, count_k, VECTOR_K)
             rows = rows + (four,)
         words = words + (rows,)
     store_transposed(operand_t_ptr, words, facts, tile_n, tile_k, block_rows, count_n, count_k, LINKS, VECTOR_N)
@@ -251,11 +272,9 @@ def tiling(block_rows: int, block_columns: int, lanes_n: int, lanes_k: int) -> t
     return -(-tiles_n // lanes_n) * programs_k, programs_k
 
 
-def lanes(block_rows: int, block_columns: int) -> tuple[int, int]:
-    """(LANES_N, LANES_K) of a program: one warp while that is what spreads the work, else four."""
-    if _triton.interpreting():  # which pays per program, not per element
-        return 32, 32
-    return (4, 8) if block_rows * block_columns < 1 << 19 else (16, 8)
+def lanes() -> tuple[int, int]:
+    """(LANES_N, LANES_K) of a program: one warp, as fast as four at every measured size and better spread at the small ones."""
+    return (32, 32) if _triton.interpreting() else (4, 8)  # the interpreter pays per program, not per element
 
 
 def pack_operands_(
@@ -270,7 +289,7 @@ def pack_operands_(
 ) -> None:
     """The reference's function; ``shape`` overrides (LANES_N, LANES_K)."""
     block_rows, block_columns = ids.shape
-    lanes_n, lanes_k = lanes(block_rows, block_columns) if shape is None else shape
+    lanes_n, lanes_k = lanes() if shape is None else shape
     programs, programs_k = tiling(block_rows, block_columns, lanes_n, lanes_k)
     constants = (
         ("LINKS", n),

@@ -1,5 +1,5 @@
-"""prune: the transposable N:M pattern of every 4x4 block that keeps the most magnitude, exactly; prune_pack_: with all that
-follows from it, in one pass."""
+"""prune: the transposable N:M pattern of every 4x4 block that keeps the most magnitude, exactly; prune_pack_: with the values
+and operands that follow from it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _why_not_prune_pack(dense, n, score, ids, values, operand, meta, operand_t, 
 
 
 PRUNE.kernel("triton", lambda dense, n, score: _triton.why_not(dense))(_triton.lazy(f"{__name__}.triton_prune", "prune"))
-PRUNE_PACK_.kernel("triton", _why_not_prune_pack)(_triton.lazy(f"{__name__}.triton_prune_pack", "prune_pack_"))
+PRUNE_PACK_.kernel("triton", _why_not_prune_pack)(_triton.lazy(f"{__name__}.triton_prune", "prune_pack_"))
 
 
 def prune(dense: torch.Tensor, n: int = 2, score: str = "abs", *, impl: str = "auto") -> torch.Tensor:
@@ -61,8 +61,7 @@ def prune(dense: torch.Tensor, n: int = 2, score: str = "abs", *, impl: str = "a
 def prune_pack(
     dense: torch.Tensor, n: int = 2, score: str = "abs", dtype: torch.dtype | None = None, *, impl: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """:func:`prune` and :func:`chts_kernels.pack`, and for a compute dtype :func:`chts_kernels.pack_operands_`, reading ``dense``
-    from memory once and making no mask.
+    """:func:`prune` and :func:`chts_kernels.pack`, and for a compute dtype :func:`chts_kernels.pack_operands_`; no mask is made.
 
     Args:
         dense, n, score: those of :func:`prune`.

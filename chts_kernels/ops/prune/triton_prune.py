@@ -1,7 +1,7 @@
-"""prune in Triton: a dense matrix to the exact best pattern ids, one read of the matrix.
+"""prune and prune_pack_ in Triton: a dense matrix to the exact best pattern ids, and to the values there, in one read of it.
 
 A thread owns BLOCKS neighbouring 4x4 blocks of a block row and selects in registers (:mod:`.triton_select`, about 300
-instructions a 2:4 block). Traffic: N K elements read, N K / 16 ids written.
+instructions a 2:4 block). Traffic: N K elements read, N K / 16 ids and N K n / 4 values written.
 """
 
 from __future__ import annotations
@@ -12,117 +12,160 @@ import triton.language as tl
 
 from ...patterns import BLOCK
 from .. import _triton
+from ..pack.triton_compress import link_column
+from ..pack.triton_pack import block_table, pack_operands_, split_four
 from .triton_select import best_pattern, score_of
 
 
 @triton.jit
-def _split_four(x):
-    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def load_groups(dense_ptr, row, block, block_columns, inside, count, BLOCKS: tl.constexpr, VECTOR: tl.constexpr):
-    """A row of ``BLOCKS`` blocks from block column ``block`` on, as a tuple of one group of four elements a block.
-
-    A group is four float32 tensors, or two uint32 words of two 16-bit elements each. Blocks from ``count`` on and rows not
-    ``inside`` read as zeros. VECTOR: count is 0 or BLOCKS.
-    """
-    groups = ()
-    at = row.to(tl.int64) * block_columns + block
-    if dense_ptr.dtype.element_ty == tl.float32:
-        for j in tl.static_range(BLOCKS):
-            mask = (inside & (count > j))[:, None]
-            x = tl.load(dense_ptr + 4 * (at[:, None] + j) + tl.arange(0, 4)[None, :], mask=mask, other=0)
-            groups = groups + (_split_four(x),)
+def anchor_pairs(dense_ptr, offset, PAIRS: tl.constexpr):
+    """[threads, PAIRS] pointers to neighbouring pairs of elements from pair ``offset`` of the matrix on; a pair is read as one
+    unsigned integer."""
+    if dense_ptr.dtype.element_ty is tl.float32:
+        return dense_ptr.to(tl.pointer_type(tl.uint64)) + offset[:, None] + tl.arange(0, PAIRS)[None, :]
     else:
-        words_ptr = dense_ptr.to(tl.pointer_type(tl.uint32))
-        if VECTOR and BLOCKS > 1:
-            for j in tl.static_range(BLOCKS // 2):
-                mask = (inside & (count > 2 * j))[:, None]
-                w = _split_four(tl.load(words_ptr + 2 * at[:, None] + (4 * j + tl.arange(0, 4)[None, :]), mask=mask, other=0))
-                groups = groups + ((w[0], w[1]), (w[2], w[3]))
-        else:
-            for j in tl.static_range(BLOCKS):
-                mask = (inside & (count > j))[:, None]
-                w = tl.load(words_ptr + 2 * (at[:, None] + j) + tl.arange(0, 2)[None, :], mask=mask, other=0)
-                groups = groups + (tl.split(w),)
-    return groups
+        return dense_ptr.to(tl.pointer_type(tl.uint32)) + offset[:, None] + tl.arange(0, PAIRS)[None, :]
 
 
 @triton.jit
-def scores_of_group(group, DTYPE: tl.constexpr, SQUARE: tl.constexpr):
-    """The four scores of a group of :func:`load_groups`."""
+def halves_of(pair):
+    """The bits of the two elements of a pair, as uint32."""
+    if pair.dtype is tl.uint64:
+        return pair.to(tl.uint32), (pair >> 32).to(tl.uint32)
+    else:
+        return pair & 0xFFFF, pair >> 16
+
+
+@triton.jit
+def as_float(bits, DTYPE: tl.constexpr):
+    """The element of DTYPE with these bits, in float32."""
     if DTYPE is tl.float32:
-        x = group
+        return bits.to(tl.float32, bitcast=True)
     elif DTYPE is tl.bfloat16:
-        x = (
-            (group[0] << 16).to(tl.float32, bitcast=True),
-            (group[0] & 0xFFFF0000).to(tl.float32, bitcast=True),
-            (group[1] << 16).to(tl.float32, bitcast=True),
-            (group[1] & 0xFFFF0000).to(tl.float32, bitcast=True),
-        )
+        return (bits << 16).to(tl.float32, bitcast=True)
     else:
-        x = (
-            group[0].to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32),
-            (group[0] >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32),
-            group[1].to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32),
-            (group[1] >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32),
-        )
-    return score_of(x[0], SQUARE), score_of(x[1], SQUARE), score_of(x[2], SQUARE), score_of(x[3], SQUARE)
+        return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def best_of_groups(rows, J: tl.constexpr, DTYPE: tl.constexpr, SQUARE: tl.constexpr, LINKS: tl.constexpr):
-    """int32 id of the best pattern of block J of four rows of groups."""
-    scores = (
-        scores_of_group(rows[0][J], DTYPE, SQUARE)
-        + scores_of_group(rows[1][J], DTYPE, SQUARE)
-        + scores_of_group(rows[2][J], DTYPE, SQUARE)
-        + scores_of_group(rows[3][J], DTYPE, SQUARE)
-    )
+def load_blocks(at, inside, step, BLOCKS: tl.constexpr):
+    """``BLOCKS`` (1 or 2) blocks of four rows that lie ``step`` pairs apart: ``rows[r][2 b]`` and ``[2 b + 1]`` are the pairs of row
+    r of block b. ``at``: [threads, 2 BLOCKS] pointers to pairs."""
+    rows = ()
+    for r in tl.static_range(4):
+        x = tl.load(at + r * step, mask=inside, other=0)
+        rows = rows + (tl.split(x) if BLOCKS == 1 else split_four(x),)
+    return rows
+
+
+@triton.jit
+def best_of_block(rows, B: tl.constexpr, DTYPE: tl.constexpr, SQUARE: tl.constexpr, LINKS: tl.constexpr):
+    """int32 id of the best pattern of block B of :func:`load_blocks`."""
+    scores = ()
+    for r in tl.static_range(4):
+        for p in tl.static_range(2):
+            pair = rows[r][2 * B + p]
+            low, high = halves_of(pair)
+            scores = scores + (score_of(as_float(low, DTYPE), SQUARE), score_of(as_float(high, DTYPE), SQUARE))
     return best_pattern(scores, None, LINKS, False)
 
 
 @triton.jit
-def prune_kernel(dense_ptr, ids_ptr, block_rows, block_columns, programs_k,
-                 LINKS: tl.constexpr, SQUARE: tl.constexpr, BLOCKS: tl.constexpr,
+def link_of_row(first, second, column):
+    """The bits of element ``column`` of a row of a block, given as its two pairs."""
+    low, high = halves_of(tl.where((column & 2) != 0, second, first))
+    return tl.where((column & 1) != 0, high, low)
+
+
+@triton.jit
+def store_links(values_ptr, group, facts, rows, inside, step, B: tl.constexpr, LINKS: tl.constexpr):
+    """The values of block B of :func:`load_blocks`; row r goes to group ``group + r step`` of ``LINKS`` values."""
+    DTYPE: tl.constexpr = values_ptr.dtype.element_ty
+    for r in tl.static_range(4):
+        at = group + r * step
+        first = link_of_row(rows[r][2 * B], rows[r][2 * B + 1], link_column(facts, r, 0, LINKS))
+        if LINKS == 1:
+            if DTYPE is tl.float32:
+                tl.store(values_ptr.to(tl.pointer_type(tl.uint32)) + at, first, mask=inside)
+            else:
+                tl.store(values_ptr.to(tl.pointer_type(tl.uint16)) + at, first.to(tl.uint16), mask=inside)
+        else:
+            second = link_of_row(rows[r][2 * B], rows[r][2 * B + 1], link_column(facts, r, 1, LINKS))
+            if DTYPE is tl.float32:
+                tl.store(values_ptr.to(tl.pointer_type(tl.uint64)) + at, first.to(tl.uint64) | second.to(tl.uint64) << 32, mask=inside)
+            else:
+                tl.store(values_ptr.to(tl.pointer_type(tl.uint32)) + at, first | second << 16, mask=inside)
+
+
+@triton.jit
+def prune_kernel(dense_ptr, ids_ptr, values_ptr, table_ptr, block_rows, block_columns, programs_k,
+                 LINKS: tl.constexpr, SQUARE: tl.constexpr, HAS_VALUES: tl.constexpr, BLOCKS: tl.constexpr,
                  LANES_N: tl.constexpr, LANES_K: tl.constexpr):  # fmt: skip
     DTYPE: tl.constexpr = dense_ptr.dtype.element_ty
-    if BLOCKS > 1:
-        block_columns = block_columns // BLOCKS * BLOCKS  # tells the compiler how rows are aligned
+    block_columns = block_columns // BLOCKS * BLOCKS  # tells the compiler how rows are aligned
     lane = tl.arange(0, LANES_N * LANES_K)
-    block_row = tl.program_id(0) // programs_k * LANES_N + lane // LANES_K
-    block = (tl.program_id(0) % programs_k * LANES_K + lane % LANES_K) * BLOCKS
-    inside = block_row < block_rows
-    count = block_columns - block
-    rows = ()
-    for r in tl.static_range(4):
-        rows = rows + (load_groups(dense_ptr, 4 * block_row + r, block, block_columns, inside, count, BLOCKS, True),)
-    at = ids_ptr + block_row.to(tl.int64) * block_columns + block
-    for j in tl.static_range(BLOCKS):
-        best = best_of_groups(rows, j, DTYPE, SQUARE, LINKS)
-        tl.store(at + j, best.to(tl.uint8), mask=inside & (count > j))
+    row = tl.program_id(0) // programs_k * LANES_N + lane // LANES_K
+    column = (tl.program_id(0) % programs_k * LANES_K + lane % LANES_K) * BLOCKS
+    inside = (row < block_rows) & (column < block_columns)
+    group = (4 * row).to(tl.int64) * block_columns + column
+    rows = load_blocks(anchor_pairs(dense_ptr, 2 * group, 2 * BLOCKS), inside[:, None], 2 * block_columns, BLOCKS)
+    at = ids_ptr + row.to(tl.int64) * block_columns + column
+    for b in tl.static_range(BLOCKS):
+        best = best_of_block(rows, b, DTYPE, SQUARE, LINKS)
+        tl.store(at + b, best.to(tl.uint8), mask=inside)
+        if HAS_VALUES:
+            store_links(values_ptr, group + b, tl.load(table_ptr + best), rows, inside, block_columns, b, LINKS)
 
 
 PRUNE = _triton.TritonKernel(prune_kernel)
 
 
-def lanes(block_columns: int) -> tuple[int, int, int]:
-    """(LANES_N, LANES_K, BLOCKS) of a program."""
+def lanes(block_rows: int, block_columns: int) -> tuple[int, int, int]:
+    """(LANES_N, LANES_K, BLOCKS) of a program. Measured on one H100: two blocks a thread pay from half a million blocks on."""
     lanes_k = 32 if block_columns > 8 else 8
-    return 128 // lanes_k, lanes_k, 1
+    return 128 // lanes_k, lanes_k, 2 if block_columns % 2 == 0 and block_rows * block_columns >= 1 << 19 else 1
+
+
+def _launch(
+    dense: torch.Tensor, n: int, score: str, ids: torch.Tensor, values: torch.Tensor | None, shape: tuple[int, int, int] | None
+) -> None:
+    """Fill ``ids`` and, unless None, ``values``."""
+    block_rows, block_columns = ids.shape
+    lanes_n, lanes_k, blocks = lanes(block_rows, block_columns) if shape is None else shape
+    if dense.dtype == torch.float32:
+        blocks = 1  # a block's row is a vector already
+    programs_k = -(-block_columns // (lanes_k * blocks))
+    constants = (("LINKS", n), ("SQUARE", score == "square"), ("HAS_VALUES", values is not None), ("BLOCKS", blocks),
+                 ("LANES_N", lanes_n), ("LANES_K", lanes_k))  # fmt: skip
+    table = None if values is None else block_table(n, ids.device)
+    arguments = (_triton.readable(dense), ids, values, table, block_rows, block_columns, programs_k)
+    PRUNE.launch(-(-block_rows // lanes_n) * programs_k, arguments, constants, lanes_n * lanes_k // 32)
 
 
 def prune(dense: torch.Tensor, n: int, score: str, shape: tuple[int, int, int] | None = None) -> torch.Tensor:
-    """The reference's function; ``shape`` overrides (LANES_N, LANES_K, BLOCKS), BLOCKS 1 or a divisor 2 or 4 of K / 4."""
-    block_rows, block_columns = dense.shape[0] // BLOCK, dense.shape[1] // BLOCK
-    lanes_n, lanes_k, blocks = lanes(block_columns) if shape is None else shape
-    programs_k = -(-block_columns // (lanes_k * blocks))
-    ids = torch.empty(block_rows, block_columns, dtype=torch.uint8, device=dense.device)
-    constants = (("LINKS", n), ("SQUARE", score == "square"), ("BLOCKS", blocks), ("LANES_N", lanes_n), ("LANES_K", lanes_k))
-    arguments = (_triton.readable(dense), ids, block_rows, block_columns, programs_k)
-    PRUNE.launch(-(-block_rows // lanes_n) * programs_k, arguments, constants, lanes_n * lanes_k // 32)
+    """The reference's function; ``shape`` overrides (LANES_N, LANES_K, BLOCKS), BLOCKS 1, or 2 for an even K / 4."""
+    ids = torch.empty(dense.shape[0] // BLOCK, dense.shape[1] // BLOCK, dtype=torch.uint8, device=dense.device)
+    _launch(dense, n, score, ids, None, shape)
     return ids
+
+
+def prune_pack_(
+    dense: torch.Tensor,
+    n: int,
+    score: str,
+    ids: torch.Tensor,
+    values: torch.Tensor,
+    operand: torch.Tensor | None,
+    meta: torch.Tensor | None,
+    operand_t: torch.Tensor | None,
+    meta_t: torch.Tensor | None,
+    shape: tuple[int, int, int] | None = None,
+) -> None:
+    """The reference's function; ``shape`` as in :func:`prune`.
+
+    Two launches, ids with values in one read of ``dense``, then the operands, whose inputs are half the size and mostly still in the
+    L2 cache. One kernel for everything took 45 us at 4096 x 4096 (its 140 registers leave too few threads to hide the memory) and 16 s
+    to compile."""
+    _launch(dense, n, score, ids, values, shape)
+    if operand_t is not None:
+        pack_operands_(values, ids, n, operand, meta, operand_t, meta_t)

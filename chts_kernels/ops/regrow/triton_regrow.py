@@ -22,8 +22,10 @@ import triton.language as tl
 
 from ... import rng_triton as noise
 from ...patterns import BLOCK, pattern_table
-from .._batch import check_noise, on_device, table
-from ..carry_over.triton_carry_over import move_block
+from .._batch import BatchKernel, aligned, check_noise, on_device, table
+from ..carry_over.triton_carry_over import load_block, store_block, tensor_pointer
+from ..remove.triton_remove import bit_count
+from ..score.triton_score import Raw, raw_score, weight_range
 
 TILE = 512
 PROGRAMS = 1024  # of select, over all layers
@@ -59,14 +61,14 @@ def completion_table(n: int, device: torch.device) -> torch.Tensor:
 
 @triton.jit
 def list_kernel(
-    survivors_ptr, completion_ptr, table_ptr, ids_ptr, list_ptr, counters_ptr, blocks, layers,
+    survivors_ptr, completion_ptr, table_ptr, ids_ptr, list_ptr, counters_ptr, blocks, layers, programs,
     COPY_IDS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Ids of blocks without choice, the list of the others. COPY_IDS: ``ids`` receives the old ids of the table's layers
     instead (a block without choice keeps the id it has)."""
-    b = tl.program_id(1)
+    b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     base = b.to(tl.int64) * blocks
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
     valid = block < blocks
     links = tl.load(survivors_ptr + base + block, mask=valid, other=0)
     entry = tl.load(completion_ptr + (links & 0xFFFF), mask=valid, other=0).to(tl.int32)
@@ -112,13 +114,14 @@ def best_pattern(rows, links, N_LINKS: tl.constexpr):
 
 @triton.jit
 def select_kernel(
-    scores_ptr, survivors_ptr, table_ptr, ids_ptr, list_ptr, counters_ptr, schedule_ptr,
-    step: tl.int64, key0: tl.int64, key1: tl.int64, block_columns, blocks, layers,
-    N_LINKS: tl.constexpr, MODE: tl.constexpr, IN_PLACE: tl.constexpr, STATS: tl.constexpr, FROM_DEVICE: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    scores_ptr, degrees_ptr, state_ptr, survivors_ptr, table_ptr, ids_ptr, list_ptr, counters_ptr, schedule_ptr,
+    step, key0, key1, block_columns, blocks, layers, rows_padded, columns_padded, programs,
+    N_LINKS: tl.constexpr, MODE: tl.constexpr, RAW: tl.constexpr, QMAX: tl.constexpr, IN_PLACE: tl.constexpr,
+    STATS: tl.constexpr, FROM_DEVICE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """The best pattern of every listed block, written to ``ids``, or with IN_PLACE to the ids of the table's layers."""
-    b = tl.program_id(1)
+    """The best pattern of every listed block, written to ``ids``, or with IN_PLACE to the ids of the table's layers. RAW:
+    ``scores`` are the integer sums of the score kernels, turned into scores here."""
+    b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     base = b.to(tl.int64) * blocks
     if FROM_DEVICE:
         step = tl.load(schedule_ptr + 2).to(tl.int64)
@@ -128,21 +131,40 @@ def select_kernel(
         ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
     else:
         ids_ptr += base
+    if RAW:
+        origin, unit = weight_range(state_ptr, b, blocks // block_columns * 4, block_columns * 4, QMAX)
+        scores_ptr += b.to(tl.int64) * rows_padded * columns_padded
+        degrees_ptr += b.to(tl.int64) * (rows_padded + columns_padded)
+    else:
+        scores_ptr += base * 16
     noise_changed = 0
-    start = tl.program_id(0) * BLOCKS
+    start = program * BLOCKS
     while start < count:
         valid = start + tl.arange(0, BLOCKS) < count
         block = tl.load(list_ptr + base + start + tl.arange(0, BLOCKS), mask=valid, other=0)
         links = tl.load(survivors_ptr + base + block, mask=valid, other=0)
         i, j = block // block_columns, block % block_columns
+        if RAW:
+            column_ptr = degrees_ptr + rows_padded + j * 4
+            d0, d1 = tl.load(column_ptr, mask=valid, other=0), tl.load(column_ptr + 1, mask=valid, other=0)
+            d2, d3 = tl.load(column_ptr + 2, mask=valid, other=0), tl.load(column_ptr + 3, mask=valid, other=0)
         rows = ()
         plain = ()
         for r in tl.static_range(4):
             group = (i * 4 + r).to(tl.int64) * block_columns + j
             if MODE != RANDOM or STATS:
-                place = scores_ptr + (base * 4 + group) * 4
-                s0, s1 = tl.load(place, mask=valid, other=0.0), tl.load(place + 1, mask=valid, other=0.0)
-                s2, s3 = tl.load(place + 2, mask=valid, other=0.0), tl.load(place + 3, mask=valid, other=0.0)
+                if RAW:
+                    place = scores_ptr + (i * 4 + r).to(tl.int64) * columns_padded + j * 4
+                else:
+                    place = scores_ptr + group * 4
+                s0, s1 = tl.load(place, mask=valid, other=0), tl.load(place + 1, mask=valid, other=0)
+                s2, s3 = tl.load(place + 2, mask=valid, other=0), tl.load(place + 3, mask=valid, other=0)
+                if RAW:
+                    row_degree = tl.load(degrees_ptr + i * 4 + r, mask=valid, other=0)
+                    s0 = raw_score(s0, row_degree, d0, links >> 4 * r & 1, origin, unit, QMAX)
+                    s1 = raw_score(s1, row_degree, d1, links >> 4 * r + 1 & 1, origin, unit, QMAX)
+                    s2 = raw_score(s2, row_degree, d2, links >> 4 * r + 2 & 1, origin, unit, QMAX)
+                    s3 = raw_score(s3, row_degree, d3, links >> 4 * r + 3 & 1, origin, unit, QMAX)
                 if STATS:
                     plain = plain + (row_sums(s0, s1, s2, s3, N_LINKS),)
             if MODE != GREEDY:
@@ -157,52 +179,52 @@ def select_kernel(
         if STATS:
             noise_changed += tl.sum((valid & (new != best_pattern(plain, links, N_LINKS))).to(tl.int32))
         tl.store(ids_ptr + block, new.to(tl.uint8), mask=valid)
-        start += tl.num_programs(0) * BLOCKS
+        start += programs * BLOCKS
     if STATS:
         tl.atomic_add(counters_ptr + b * COUNTERS + NOISE_CHANGED, noise_changed, sem="relaxed")
 
 
 @triton.jit
-def bit_count(x):
-    x = (x & 0x5555) + (x >> 1 & 0x5555)
-    x = (x & 0x3333) + (x >> 2 & 0x3333)
-    x = (x & 0x0F0F) + (x >> 4 & 0x0F0F)
-    return (x & 0xFF) + (x >> 8)
-
-
-@triton.jit
 def move_kernel(
-    table_ptr, old_ids_ptr, list_ptr, counters_ptr, mask16_ptr, block_columns, blocks, layers,
+    table_ptr, old_ids_ptr, list_ptr, counters_ptr, mask16_ptr, block_columns, blocks, layers, programs,
     SIZES: tl.constexpr, N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Carry values (row 0 of the table) and moments (rows 3 and up), SIZES bits each, of the listed blocks from the old ids
     to those of the table's layers; count the links that are new."""
-    b = tl.program_id(1)
+    b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     base = b.to(tl.int64) * blocks
     new_ids_ptr = tl.load(table_ptr + layers + b).to(tl.pointer_type(tl.uint8))
     count = tl.load(counters_ptr + b * COUNTERS + LISTED)
     replaced = 0
-    start = tl.program_id(0) * BLOCKS
+    start = program * BLOCKS
     while start < count:
         valid = start + tl.arange(0, BLOCKS) < count
         block = tl.load(list_ptr + base + start + tl.arange(0, BLOCKS), mask=valid, other=0)
         old = tl.load(old_ids_ptr + base + block, mask=valid, other=0).to(tl.int32)
         new = tl.load(new_ids_ptr + block, mask=valid, other=0).to(tl.int32)
         changed = old != new
+        i, j = block // block_columns, block % block_columns
+        numbers = ()
+        for index in tl.static_range(len(SIZES)):
+            base_ptr = tensor_pointer(table_ptr, index, 0 if index == 0 else index + 2, b, layers, SIZES)
+            numbers = numbers + (load_block(base_ptr, i, j, block_columns, changed, N_LINKS),)
         old_mask = tl.load(mask16_ptr + old, mask=changed & (old < PATTERNS), other=0)
         new_mask = tl.load(mask16_ptr + new, mask=changed, other=0)
         replaced += tl.sum(bit_count(new_mask & ~old_mask))
-        i, j = block // block_columns, block % block_columns
         for index in tl.static_range(len(SIZES)):
-            base_ptr = tl.load(table_ptr + (0 if index == 0 else index + 2) * layers + b)
-            base_ptr = base_ptr.to(tl.pointer_type(tl.core.get_int_dtype(SIZES[index], True)))
-            move_block(base_ptr, i, j, block_columns, old_mask, new_mask, changed, N_LINKS)
-        start += tl.num_programs(0) * BLOCKS
+            base_ptr = tensor_pointer(table_ptr, index, 0 if index == 0 else index + 2, b, layers, SIZES)
+            store_block(base_ptr, i, j, block_columns, numbers[index], old_mask, new_mask, changed, N_LINKS)
+        start += programs * BLOCKS
     tl.atomic_add(counters_ptr + b * COUNTERS + REPLACED, replaced, sem="relaxed")
 
 
+LIST = BatchKernel(list_kernel, 4)
+SELECT = BatchKernel(select_kernel, 4, wide=("step", "key0", "key1"))
+MOVE = BatchKernel(move_kernel, 4)
+
+
 def regrow_many(
-    scores: torch.Tensor | None,
+    scores: torch.Tensor | Raw | None,
     survivors: torch.Tensor,
     n: int,
     mode: str,
@@ -219,7 +241,7 @@ def regrow_many(
     """(ids, counters) of B layers of one shape.
 
     Args:
-        scores: [B, N, K], or None in mode "random"; survivors: int32 [B, N/4, K/4]; both contiguous.
+        scores: [B, N, K], the sums they are made of, or None in mode "random"; survivors: int32 [B, N/4, K/4]; both contiguous.
         pointers: int64 [>= 3, B]; row 2 holds the layer numbers. With ``in_place`` rows 0 and 1 hold the addresses of values
             and ids, further rows those of moments.
         sizes: with ``in_place``, bits per element of the values and of every moment.
@@ -238,21 +260,26 @@ def regrow_many(
     ids = torch.empty(survivors.shape, dtype=torch.uint8, device=device)
     listed = torch.empty(survivors.shape, dtype=torch.int32, device=device)
     counters = torch.zeros(layers, COUNTERS.value, dtype=torch.int32, device=device)
-    list_kernel[(triton.cdiv(blocks, TILE), layers)](
-        survivors, completion_table(n, device), pointers, ids, listed, counters, blocks, layers,
-        COPY_IDS=in_place, BLOCKS=TILE, num_warps=4,
+    shape = block_columns, blocks, layers
+    programs = triton.cdiv(blocks, TILE)
+    LIST(
+        programs * layers, survivors, completion_table(n, device), pointers, ids, listed, counters, blocks, layers, programs,
+        COPY_IDS=in_place, BLOCKS=TILE,
     )  # fmt: skip
-    programs = max(1, min(triton.cdiv(blocks, block), PROGRAMS // layers))
-    select_kernel[(programs, layers)](
-        counters if scores is None else scores, survivors, pointers, ids, listed, counters,
-        pointers if schedule is None else schedule, step, seed & 0xFFFFFFFF, seed >> 32, block_columns, blocks, layers,
-        N_LINKS=n, MODE=MODES[mode], IN_PLACE=in_place, STATS=stats and mode != "greedy", FROM_DEVICE=schedule is not None,
-        BLOCKS=block, num_warps=max(1, block // 32), enable_fp_fusion=False,
+    programs, warps = max(1, min(triton.cdiv(blocks, block), PROGRAMS // layers)), max(1, block // 32)
+    raw = isinstance(scores, Raw)
+    padded = (scores.rows_padded, scores.columns_padded) if raw else (0, 0)
+    source = (scores.sums, scores.degrees, scores.state) if raw else (counters if scores is None else scores, counters, counters)
+    SELECT(
+        programs * layers, *source, survivors, pointers, ids, listed, counters, pointers if schedule is None else schedule,
+        step, seed & 0xFFFFFFFF, seed >> 32, *shape, *padded, programs,
+        N_LINKS=n, MODE=MODES[mode], RAW=raw, QMAX=scores.qmax if raw else 1.0, IN_PLACE=in_place,
+        STATS=stats and mode != "greedy", FROM_DEVICE=schedule is not None, BLOCKS=block, num_warps=warps,
     )  # fmt: skip
     if in_place:
-        move_kernel[(programs, layers)](
-            pointers, ids, listed, counters, patterns.tensor("mask16", device), block_columns, blocks, layers,
-            SIZES=tuple(sizes), N_LINKS=n, PATTERNS=len(patterns), BLOCKS=block, num_warps=max(1, block // 32),
+        MOVE(
+            programs * layers, pointers, ids, listed, counters, patterns.tensor("mask16", device), *shape, programs,
+            SIZES=tuple(sizes), N_LINKS=n, PATTERNS=len(patterns), BLOCKS=block, num_warps=warps,
         )  # fmt: skip
     return ids, counters
 
@@ -264,5 +291,5 @@ def regrow(
     check_noise(seed, [layer], step)
     with on_device(survivors):
         pointers = table([[0], [0], [layer]], survivors.device)
-        scores = None if scores is None else scores.contiguous()[None]
-        return regrow_many(scores, survivors.contiguous()[None], n, mode, seed, pointers, step)[0][0]
+        scores = None if scores is None else aligned(scores)[None]
+        return regrow_many(scores, aligned(survivors)[None], n, mode, seed, pointers, step)[0][0]

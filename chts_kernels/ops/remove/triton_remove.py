@@ -25,10 +25,11 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from ... import rng_triton as noise
 from ...patterns import BLOCK, pattern_table
-from .._batch import BatchKernel, aligned, check_noise, on_device, table, triton_type
+from .._batch import BatchKernel, aligned, check_noise, interpreted, on_device, table, triton_type
 
 BINS = tl.constexpr(4096)
 HEAD = tl.constexpr(16)  # int32 words of state per layer, before its three histograms
@@ -115,6 +116,12 @@ def fine_bin(position_, a, b):
 
 
 @triton.jit
+def cheap_log2(x, COMPILED: tl.constexpr):
+    """lg2.approx on the device."""
+    return libdevice.fast_log2f(x) if COMPILED else tl.log2(x)
+
+
+@triton.jit
 def slack(inv_temperature, scale):
     """More than a cheap key, times ``scale``, can be off: lg2 is within 2**-22 (absolute near 1, else relative), so -lg2 U of
     U < 1 - 2**-10 within 2**-12.5, relative, and its logarithm within 1.8e-4."""
@@ -188,7 +195,7 @@ def classify_kernel(
     table_ptr, state_ptr, mask16_ptr, survivors_ptr, list_ptr, schedule_ptr, k, inv_temperature, step, key0, key1,
     block_columns, blocks, layers, programs,
     VALUE_TYPE: tl.constexpr, N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, SOFT: tl.constexpr,
-    FROM_DEVICE: tl.constexpr, BLOCKS: tl.constexpr,
+    FROM_DEVICE: tl.constexpr, COMPILED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     state_ptr += b.to(tl.int64) * LAYER_WORDS
@@ -222,7 +229,8 @@ def classify_kernel(
                 word = word_of(words, bit)
                 # (word >> 9) + 1/2 in units of 2**-23, put together from bits: 1 + U - (1 - 2**-24)
                 u = (word >> 9 | 0x3F800000).to(tl.float32, bitcast=True) - BELOW_ONE
-                key = tl.log2(magnitude) * of_weight - (tl.log2(-tl.log2(u)) + LOG2_LN2) * of_noise
+                rarity = cheap_log2(-cheap_log2(u, COMPILED), COMPILED) + LOG2_LN2
+                key = cheap_log2(magnitude, COMPILED) * of_weight - rarity * of_noise
                 key = tl.where(magnitude < float("inf"), key, float("inf"))
                 doubtful = (word >= 0xFFC00000) | ((magnitude < 2.0**-126) & (magnitude > 0.0))
                 removed = (key < low) & (doubtful == 0)
@@ -411,7 +419,7 @@ def resolve_kernel(
 
 _NUMBERS = {"wide": ("k", "step", "key0", "key1"), "floats": ("inv_temperature",)}
 SAMPLE = BatchKernel(sample_kernel, 2, **_NUMBERS)
-CLASSIFY = BatchKernel(classify_kernel, 4, **_NUMBERS)
+CLASSIFY = BatchKernel(classify_kernel, 4, **_NUMBERS | {"enable_fp_fusion": True})  # no exact float in it
 EXACT = BatchKernel(exact_kernel, 4, **_NUMBERS)
 RESOLVE = BatchKernel(resolve_kernel, 8, **_NUMBERS)
 
@@ -468,7 +476,7 @@ def remove_many(
     programs = triton.cdiv(blocks, tile)
     CLASSIFY(
         programs * batch, pointers, state, mask16, survivors, listed, schedule, *noisy, *shape, programs,
-        **kind, BLOCKS=tile, num_warps=max(1, min(4, tile // 32)),
+        **kind, COMPILED=not interpreted(), BLOCKS=tile, num_warps=max(1, min(4, tile // 32)),
     )  # fmt: skip
     programs = max(1, min(PROGRAMS // batch, links // 4096))
     lists = pointers, state, mask16, survivors, listed, entries, schedule

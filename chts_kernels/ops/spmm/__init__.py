@@ -35,7 +35,7 @@ TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def _why_not_wgmma_sp(x: torch.Tensor, *_: object) -> str | None:
-    reason = target.why_not_cuda(x.device, (9, 0), (9, 0))
+    reason = target.why_not_kernel("wgmma_sp", x.device)
     if reason is None and x.dtype not in TENSOR_CORE_DTYPES:
         reason = f"it computes in bfloat16 or float16, got {x.dtype} (cast x, or use autocast)"
     return reason

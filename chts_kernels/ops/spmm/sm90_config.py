@@ -10,15 +10,13 @@ from dataclasses import dataclass
 RESERVED = 1024             # gluon_compat.RESERVED_SHARED: Triton's own shared memory
 SHARED_LIMIT = 232448       # 227 KB, what one CTA may have on compute capability 9.0
 STEP = 64                   # columns of W in one pipeline stage
-UNROLL = 4                  # steps whose metadata is fetched together
 
 
 @dataclass(frozen=True)
 class Sm90Config:
     """bm x bn tile; `stages` of 64 columns in flight; `group` row tiles (cluster * bm rows each) form a band that keeps W in L2 while
-    tokens stream by; `cluster` CTAs stacked along the rows share every X tile by multicast; each warpgroup stores an m64 block at a time,
-    in passes of `y_tokens` tokens (0: bn) through `y_buffers` buffers; `hints` are the L2 policies of W, X and Y: n(ormal),
-    evict f(irst), evict l(ast)."""
+    tokens stream by; `cluster` CTAs stacked along the rows share every X tile by multicast; the output leaves in passes of `y_tokens`
+    (0: bn) tokens; `hints` are the L2 policies of W, X and Y: n(ormal), evict f(irst), evict l(ast)."""
 
     bm: int
     bn: int
@@ -26,13 +24,12 @@ class Sm90Config:
     group: int = 16
     cluster: int = 1
     y_tokens: int = 0
-    y_buffers: int = 1
     hints: str = "nnn"
 
     @property
     def name(self) -> str:
-        extra = f"c{self.cluster}" * (self.cluster > 1) + f"s{self.stages}" + f"g{self.group}" + f"y{self.y_tokens}" * (self.y_tokens > 0)
-        return f"{self.bm}x{self.bn}{extra}" + f"b{self.y_buffers}" * (self.y_buffers > 1) + self.hints * (self.hints != "nnn")
+        extra = f"c{self.cluster}" * (self.cluster > 1) + f"s{self.stages}" + f"g{self.group}"
+        return f"{self.bm}x{self.bn}{extra}" + f"y{self.y_tokens}" * (self.y_tokens > 0) + self.hints * (self.hints != "nnn")
 
     @property
     def warpgroups(self) -> int:
@@ -49,8 +46,8 @@ class Sm90Config:
 
     @property
     def chunk(self) -> int:
-        """Registers of one accumulator tensor: Triton's tensors are powers of two. A single block needs an even number of them."""
-        regs = self.bn // 4 * self.blocks
+        """Registers of one accumulator tensor: Triton's tensors are powers of two."""
+        regs = self.bn // 2
         return min(128, regs & -regs)
 
     @property
@@ -59,12 +56,12 @@ class Sm90Config:
 
     @property
     def store_offset(self) -> int:
-        """Offset from `global_smem` of the first warpgroup's output buffers."""
+        """Offset from `global_smem` of the first warpgroup's output buffer."""
         return RESERVED + self.stages * self.stage_bytes
 
     @property
     def barrier_offset(self) -> int:
-        return self.store_offset + self.warpgroups * self.y_buffers * self.store_tokens * 128
+        return self.store_offset + self.warpgroups * self.store_tokens * 128
 
     @property
     def shared_bytes(self) -> int:
@@ -81,36 +78,74 @@ def why_illegal(config: Sm90Config) -> str | None:
         (c.cluster in (1, 2), "cluster must be 1 or 2"),
         (c.bn // c.cluster % 8 == 0, "each CTA of a cluster loads whole 8-row swizzle atoms of X"),
         (c.bm * c.cluster <= 512, "metadata is padded to 512 rows"),
-        (c.stages >= UNROLL, f"stages must be at least {UNROLL}: two blocks go over a group of steps one after the other"),
+        (c.stages >= 2, "stages must be at least 2"),
         (c.group >= 1, "group must be positive"),
         (c.bn % c.store_tokens == 0 and c.store_tokens % 16 == 0, "y_tokens must divide bn and be a multiple of 16"),
-        (c.y_buffers >= 1, "y_buffers must be positive"),
         (len(c.hints) == 3 and set(c.hints) <= set("nfl"), "hints must be three of n, f, l"),
         (c.shared_bytes <= SHARED_LIMIT, f"shared memory {c.shared_bytes} must not exceed {SHARED_LIMIT}"),
     ]
     return next((rule for holds, rule in rules if not holds), None)
 
 
-# Measured on one H100: microseconds... (filled from .gpu/spmm; see benchmarks/LOG.md)
 CONFIGS: dict[str, Sm90Config] = {
     "128x256": Sm90Config(128, 256, 4, 16),
+    "128x256s5": Sm90Config(128, 256, 5, 16, y_tokens=64),
+    "128x256s5x": Sm90Config(128, 256, 5, 16, y_tokens=64, hints="lfn"),
     "256x192": Sm90Config(256, 192, 4, 8),
     "256x192c2": Sm90Config(256, 192, 4, 4, cluster=2),
+    "256x144": Sm90Config(256, 144, 5, 8),
+    "256x144x": Sm90Config(256, 144, 5, 8, hints="lfn"),
     "128x192": Sm90Config(128, 192, 5, 16),
     "128x128": Sm90Config(128, 128, 6, 16),
+    "128x96": Sm90Config(128, 96, 8, 16),
     "128x64": Sm90Config(128, 64, 8, 16),
+    "64x128": Sm90Config(64, 128, 8, 16),
     "64x64": Sm90Config(64, 64, 8, 16),
 }
-EFFICIENCY = {"128x256": 1.0, "128x192": 0.86, "256x192": 1.02, "128x128": 0.7, "128x64": 0.45, "64x64": 0.3}
+
+# (tokens, out, in) on an H100 of 132 multiprocessors: the fastest of all configurations, graph replays and, for the large ones, back
+# to back under the power limit (benchmarks/LOG.md). A name ending in x evicts X first: Y stays in L2 for whoever reads it next.
+MEASURED: dict[tuple[int, int, int], str] = {
+    (16384, 512, 512): "128x256",
+    (16384, 1376, 512): "256x192",
+    (16384, 512, 1376): "128x256s5x",
+    (12608, 768, 768): "256x144x",
+    (12608, 3072, 768): "256x144",
+    (12608, 768, 3072): "256x144",
+    (2048, 4096, 4096): "128x256",
+    (8192, 4096, 4096): "128x256",
+    (8192, 14336, 4096): "256x192",
+    (8192, 4096, 14336): "128x256",
+    (8192, 8192, 8192): "256x192c2",
+    (16384, 8192, 8192): "256x192c2",
+    (2048, 768, 768): "128x96",
+}
+
+# Multiprocessor cycles of a tile: (per 64-column step, and once), fitted to those measurements; for every other problem.
+CYCLES: dict[str, tuple[int, int]] = {
+    "128x256": (690, 4300),
+    "256x192": (915, 7800),
+    "256x144": (810, 4600),
+    "128x192": (655, 1900),
+    "128x128": (507, 2200),
+    "128x96": (400, 1700),
+    "128x64": (330, 1600),
+    "64x128": (220, 1400),
+    "64x64": (190, 1300),
+}
 
 
 @functools.lru_cache(maxsize=4096)
 def choose(tokens: int, out_features: int, in_features: int, multiprocessors: int) -> Sm90Config:
-    """The configuration for one problem: least tile area in the longest queue of any multiprocessor, weighted by measured throughput."""
-    def cost(name: str) -> float:
-        c = CONFIGS[name]
-        tiles = -(-out_features // c.bm) * -(-tokens // c.bn)
-        return -(-tiles // multiprocessors) * c.bm * c.bn / EFFICIENCY[name]
+    """The configuration for one problem: the measured one, else the one of the shortest longest queue, in cycles."""
+    measured = MEASURED.get((tokens, out_features, in_features)) if multiprocessors == 132 else None
+    if measured is not None:
+        return CONFIGS[measured]
+    steps = -(-in_features // STEP)
 
-    best = min(EFFICIENCY, key=cost)
-    return CONFIGS["256x192c2" if best == "256x192" and in_features >= 4096 else best]
+    def cost(name: str) -> int:
+        config, (step, once) = CONFIGS[name], CYCLES[name]
+        tiles = -(-out_features // config.bm) * -(-tokens // config.bn)
+        return -(-tiles // multiprocessors) * (steps * step + once)
+
+    return CONFIGS[min(CYCLES, key=cost)]

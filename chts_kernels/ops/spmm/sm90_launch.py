@@ -32,12 +32,12 @@ def compile_config(config: Sm90Config, dtype: torch.dtype, bias: torch.dtype | N
     reason = why_illegal(config)
     if reason is not None:
         raise ValueError(f"config: {reason}, got {config}")
-    # the type only makes Triton pass a tensor map; its box and layout are this package's business (see _map)
+    # the type only makes Triton pass a tensor map; its box and layout are this package's business (see Plan)
     desc = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)!r}>"
     signature = {"w_desc": desc, "x_desc": desc, "y_desc": desc, "meta_ptr": "*i32", "bias_ptr": BIAS_TYPE[bias], "n_out": "i32",
                  "steps": "i32", "num_m": "i32", "num_n": "i32"}
     constants = {"BM": config.bm, "BN": config.bn, "WARPGROUPS": config.warpgroups, "BLOCKS": config.blocks, "STAGES": config.stages,
-                 "RING": RESERVED, "Y_OFFSET": config.store_offset, "Y_TOKENS": config.store_tokens, "Y_BUFFERS": config.y_buffers,
+                 "RING": RESERVED, "Y_OFFSET": config.store_offset, "Y_TOKENS": config.store_tokens,
                  "BARRIERS": config.barrier_offset, "GROUP": config.group, "CLUSTER": config.cluster, "CHUNK": config.chunk,
                  "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype], "HINTS": config.hints, "SOURCE": _source()}
     compiled = compile_kernel(chts_spmm_sm90, signature, constants)

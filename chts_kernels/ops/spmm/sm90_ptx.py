@@ -1,24 +1,20 @@
 """Inline PTX of the sm_90 sparse product, as Gluon builtins.
 
 Every shared-memory offset is in bytes from `global_smem`, the symbol of Triton's dynamic shared memory. The three tensor maps are
-kernel parameters: inline PTX names them `{KERNEL}_param_{i}`. `check_ptx` reads both assumptions out of the artefact.
+kernel parameters: inline PTX names them `{KERNEL}_param_{i}`. `check_compiled` reads both assumptions out of the PTX.
 
 A descriptor (PTX ISA, "Matrix descriptor format"): start address / 16 in bits 0-13, leading offset in 16-29 (unused by swizzled
 K-major tiles: 1), bytes / 16 between 8-row groups in 32-45, swizzle in 62-63 (1 = 128 B, 2 = 64 B).
-
-Accumulators are tuples of float32 tensors [128, chunk], one thread a row: Triton's tensors are powers of two, and per-thread scalars
-broadcast along a row, so that every operand of the inline PTX has one shape.
 """
 from __future__ import annotations
 
-from ...gluon_compat import DESC_PARAMS, asm_plain, asm_scalar, asm_tied, builtin, pack_tuple, unwrap
+from ...gluon_compat import DESC_PARAMS, asm_scalar, asm_tied, builtin, pack_tuple, unwrap
 
 KERNEL = "chts_spmm_sm90"
 PARAM_W, PARAM_X, PARAM_Y = 0, DESC_PARAMS, 2 * DESC_PARAMS
 W_DESC_HIGH = 2 << 30 | 512 >> 4        # W tile: rows of 32 kept values = 64 bytes
 X_DESC_HIGH = 1 << 30 | 1024 >> 4       # X tile: rows of 64 values = 128 bytes
 STORE_NAMED_BARRIER = 12                # + warpgroup; Triton hands out named barriers from 0 upwards
-POLICY = {"f": 0x12F0000000000000, "l": 0x14F0000000000000}      # L2 cache policies evict_first and evict_last, whole access
 
 
 # --- barriers --------------------------------------------------------------------------------------------------------
@@ -49,7 +45,7 @@ def mbar_arrive(offset, CLUSTER, _semantic=None):
 
     Plain `arrive`: with `.release.cluster` ptxas emits MEMBAR.ALL.GPU + CCTL.IVALL (the kernel becomes 3x slower), and nothing has
     to be released: the arrival only says that wgmma, already waited for, has finished reading."""
-    asm = "{ .reg .pred p; .reg .b32 a, l; mov.u32 l, %laneid; setp.eq.u32 p, l, 0; mov.u32 a, global_smem; add.u32 a, a, $1;"
+    asm = ("{ .reg .pred p; .reg .b32 a, l; mov.u32 l, %laneid; setp.eq.u32 p, l, 0; mov.u32 a, global_smem; add.u32 a, a, $1;")
     if unwrap(CLUSTER) == 1:
         asm += "@p mbarrier.arrive.shared::cta.b64 _, [a];"
     else:
@@ -78,6 +74,9 @@ def cluster_sync(_semantic=None):
 
 
 # --- loads -----------------------------------------------------------------------------------------------------------
+POLICY = {"f": 0x12F0000000000000, "l": 0x14F0000000000000}      # L2 cache policies evict_first and evict_last, whole access
+
+
 def _hint(letter: str) -> tuple[str, str]:
     """The qualifier and the operand of an L2 policy; none for "n"."""
     return (".L2::cache_hint", f", {POLICY[letter]:#x}") if letter in POLICY else ("", "")
@@ -119,11 +118,12 @@ def _tied_constraints(count: int) -> str:
     return ",".join(["=f"] * count + [str(i) for i in range(count)])
 
 
-def _product_asm(parts: list[tuple[int, int, int, int, int]], total: int, metas: int, pack: int, dtype: str, wait: int | None) -> tuple[str, str]:
-    """wgmma.sp over one 64-wide step, committed as one group. A part is (first accumulator, n, W byte offset, X byte offset, metadata).
+def _product_asm(bn: int, blocks: int, pack: int, dtype: str) -> tuple[str, str]:
+    """wgmma.sp over one 64-wide K step for `blocks` stacked m64 blocks, left in flight; waits for the previous step.
 
-    Operands: `total` accumulators, the same tied, then per input tensor `pack` copies of: `ab` (W offset / 16 | accumulate << 15 |
-    X offset / 16 << 16), and the metadata words."""
+    Operands: blocks*bn/2 accumulators, the same tied, then per input tensor `pack` copies of: `ab` (W offset / 16 | accumulate << 15 |
+    X offset / 16 << 16), and each block's metadata word."""
+    regs, total = bn // 2, blocks * bn // 2
     ab = 2 * total
     lines = [
         "{ .reg .b32 base, w, x, t; .reg .b64 dw, dx; .reg .pred always, keep; setp.eq.u32 always, 1, 1;",
@@ -133,55 +133,34 @@ def _product_asm(parts: list[tuple[int, int, int, int, int]], total: int, metas:
         "wgmma.fence.sync.aligned;",
     ]
     for step in range(2):           # two k32 instructions; the sparsity selector names the lanes that supply the metadata
-        for first, n, at_w, at_x, meta in parts:
-            acc = ", ".join(f"${i}" for i in range(first, first + n // 2))
+        lines.append(f"add.u32 t, x, {4 * step}; mov.b64 dx, {{t, {X_DESC_HIGH:#x}}};")
+        for block in range(blocks):
+            acc = ", ".join(f"${i}" for i in range(block * regs, (block + 1) * regs))
             lines += [
-                f"add.u32 t, x, {4 * step + at_x // 16}; mov.b64 dx, {{t, {X_DESC_HIGH:#x}}};",
-                f"add.u32 t, w, {2 * step + at_w // 16}; mov.b64 dw, {{t, {W_DESC_HIGH:#x}}};",
-                f"wgmma.mma_async.sp.sync.aligned.m64n{n}k32.f32.{dtype}.{dtype} {{{acc}}}, dw, dx, "
-                f"${ab + pack * (1 + meta)}, {step}, {'always' if step else 'keep'}, 1, 1, 0, 0;",
+                f"add.u32 t, w, {2 * step + block * 256}; mov.b64 dw, {{t, {W_DESC_HIGH:#x}}};",
+                f"wgmma.mma_async.sp.sync.aligned.m64n{bn}k32.f32.{dtype}.{dtype} {{{acc}}}, dw, dx, "
+                f"${ab + pack * (1 + block)}, {step}, {'always' if step else 'keep'}, 1, 1, 0, 0;",
             ]
-    lines.append("wgmma.commit_group.sync.aligned;")
-    if wait is not None:
-        lines.append(f"wgmma.wait_group.sync.aligned {wait};")
-    return "\n".join([*lines, "}"]), _tied_constraints(total) + ",r" * (pack * (1 + metas))
+    lines.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; }")
+    return "\n".join(lines), _tied_constraints(total) + ",r" * (pack * (1 + blocks))
 
 
 @builtin
-def product(accs, ab, metas, BN, WAIT, DTYPE, _semantic=None):
-    """One step for all m64 blocks, of which metas are the words (int32 [128, 1]); of all groups WAIT stay in flight on return."""
-    accs, metas, bn = list(accs), list(metas), unwrap(BN)
+def wgmma_sp(accs, ab, metas, BN, DTYPE, _semantic=None):
+    """accs: tuple of float32 [128, pack], one thread a row (192 columns are no power of two: hence chunks); metas: int32 [128, 1]."""
+    accs, metas = list(accs), list(metas)
     pack = int(unwrap(accs[0].shape[1]))
-    parts = [(block * bn // 2, bn, block * 4096, 0, block) for block in range(len(metas))]
-    asm, constraints = _product_asm(parts, pack * len(accs), len(metas), pack, unwrap(DTYPE), unwrap(WAIT))
+    asm, constraints = _product_asm(unwrap(BN), len(metas), pack, unwrap(DTYPE))
     extra = [_semantic.broadcast_impl_shape(v, accs[0].shape) for v in [ab, *metas]]
     return asm_tied(_semantic, asm, constraints, accs, extra, pack)
 
 
 @builtin
-def product_half(accs, ab, meta, HALF, BN, DTYPE, _semantic=None):
-    """One step for m64 block HALF of two, left in flight."""
-    every, half = list(accs), unwrap(HALF)
-    count = len(every) // 2
-    part = every[half * count:(half + 1) * count]
-    pack = int(unwrap(part[0].shape[1]))
-    asm, constraints = _product_asm([(0, unwrap(BN), half * 4096, 0, 0)], pack * count, 1, pack, unwrap(DTYPE), None)
-    extra = [_semantic.broadcast_impl_shape(v, part[0].shape) for v in [ab, meta]]
-    new = asm_tied(_semantic, asm, constraints, part, extra, pack)
-    return pack_tuple([*every[:half * count], *new, *every[(half + 1) * count:]])
-
-
-@builtin
-def product_wait(accs, PENDING, HALF, _semantic=None):
-    """At most PENDING groups stay in flight; m64 block HALF (-1: all accumulators) is tied, so that no use of it moves above."""
-    every, half = list(accs), unwrap(HALF)
-    count = len(every) // 2
-    first, last = (0, len(every)) if half < 0 else (half * count, (half + 1) * count)
-    part = every[first:last]
-    pack = int(unwrap(part[0].shape[1]))
-    asm = f"wgmma.wait_group.sync.aligned {unwrap(PENDING)};"
-    new = asm_tied(_semantic, asm, _tied_constraints(pack * len(part)), part, [], pack)
-    return pack_tuple([*every[:first], *new, *every[last:]])
+def wgmma_wait_all(accs, _semantic=None):
+    """Everything in flight is finished; tied, so that no use of an accumulator moves above it."""
+    accs = list(accs)
+    pack = int(unwrap(accs[0].shape[1]))
+    return asm_tied(_semantic, "wgmma.wait_group.sync.aligned 0;", _tied_constraints(pack * len(accs)), accs, [], pack)
 
 
 @builtin
@@ -191,95 +170,47 @@ def copies(x, COUNT, _semantic=None):
 
 # --- the epilogue ----------------------------------------------------------------------------------------------------
 @builtin
-def store_wait(PENDING, WG, _semantic=None):
-    """Of the copies that this warpgroup started all but the last PENDING have read their buffers; all its threads know."""
-    asm = ("{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0;"
-           f"@p cp.async.bulk.wait_group.read {unwrap(PENDING)}; bar.sync {STORE_NAMED_BARRIER + unwrap(WG)}, 128; mov.b32 $0, 0; }}")
-    return asm_scalar(_semantic, asm, "=r")
+def store_block(accs, BLOCK, CHUNKS, Y_TOKENS, y_offset, row, token, bias, WG, DTYPE, HINTS, _semantic=None):
+    """Store m64 block BLOCK (CHUNKS register tensors), transposed, in passes of Y_TOKENS tokens: wait until the previous copy has
+    read this warpgroup's buffer, write [tokens, 64 rows] with stmatrix.trans, start the TMA store and leave it running.
 
-
-def _convert(dtype: str, bias: bool, low: str, high: str, bias_register: str, to: str) -> str:
-    """Two neighbouring tokens of one row become one register: the lower token in the low half."""
-    convert = "cvt.rn.bf16x2.f32" if dtype == "bf16" else "cvt.rn.f16x2.f32"
-    if bias:
-        return f"add.f32 f0, {low}, {bias_register}; add.f32 f1, {high}, {bias_register}; {convert} {to}, f1, f0;"
-    return f"{convert} {to}, {high}, {low};"
-
-
-def _buffer_address(offset: str) -> str:
-    """Register a: where this lane's row of the first four 8x8 matrices goes in a buffer [tokens, 64 rows], rows of 128 bytes in 128-byte
-    swizzle. Lane l feeds row l % 8 of matrix l / 8; the matrices are (tokens j, rows 0-7), (j, 8-15), (j + 1, 0-7), (j + 1, 8-15) of the
-    warp's 16 rows, j counting groups of eight tokens."""
-    return ("mov.u32 t, %tid.x; mov.u32 a, global_smem; add.u32 a, a, " + offset + ";"
-            "shr.u32 w, t, 5; and.b32 w, w, 3; and.b32 r, t, 7; shr.u32 h, t, 3; and.b32 h, h, 1; shr.u32 x, t, 4; and.b32 x, x, 1;"
-            "shl.b32 c, w, 1; or.b32 c, c, h; xor.b32 c, c, r; shl.b32 c, c, 4; shl.b32 r, r, 7; shl.b32 x, x, 10;"
-            "add.u32 a, a, c; add.u32 a, a, r; add.u32 a, a, x;")
-
-
-@builtin
-def store_write_half(accs, HALF, FIRST, TOKENS, y_offset, bias, DTYPE, _semantic=None):
-    """Convert tokens [FIRST, FIRST + TOKENS) of m64 block HALF and write them to the buffer at y_offset, transposed, by stmatrix.trans.
+    The buffer has rows of 128 bytes in 128-byte swizzle. Lane l of a warp feeds row l % 8 of 8x8 matrix l / 8; the four matrices are
+    (tokens j, rows 0-7), (j, 8-15), (j + 1, 0-7), (j + 1, 8-15) of the warp's 16 rows, j counting groups of eight tokens.
     bias: () or two float32 [128, 1], of rows g and g + 8. The accumulators pass through, tied."""
-    every, bias, half = list(accs), list(bias), unwrap(HALF)
-    count = len(every) // 2
-    part, first, tokens = every[half * count:(half + 1) * count], unwrap(FIRST), unwrap(TOKENS)
+    every, bias, block, chunks = list(accs), list(bias), unwrap(BLOCK), unwrap(CHUNKS)
+    part, tokens, barrier = every[block * chunks:(block + 1) * chunks], unwrap(Y_TOKENS), STORE_NAMED_BARRIER + unwrap(WG)
     pack = int(unwrap(part[0].shape[1]))
-    regs = pack * count
-    offset, *biases = (f"${2 * regs + i * pack}" for i in range(3))
-    lines = ["{ .reg .b32 t, w, r, h, c, a, x, r0, r1, r2, r3; .reg .f32 f0, f1;", _buffer_address(offset)]
-    for j in range(first // 8, (first + tokens) // 8, 2):
-        for i in range(4):
-            at = 4 * (j + i // 2) + 2 * (i % 2)
-            lines.append(_convert(unwrap(DTYPE), bool(bias), f"${at}", f"${at + 1}", biases[i % 2], f"r{i}"))
-        lines.append(f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [a+{(j - first // 8) * 1024}], {{r0, r1, r2, r3}};")
-    like = part[0]
-    extra = [_semantic.splat(_semantic.to_tensor(y_offset), like.shape, like.type.layout)]
-    extra += [_semantic.broadcast_impl_shape(b, like.shape) for b in bias]
-    constraints = _tied_constraints(regs) + ",r" * pack + ",f" * (pack * len(bias))
-    new = asm_tied(_semantic, "\n".join([*lines, "}"]), constraints, part, extra, pack)
-    return pack_tuple([*every[:half * count], *new, *every[(half + 1) * count:]])
-
-
-@builtin
-def store_pack(accs, bias, DTYPE, _semantic=None):
-    """Convert all accumulators; the 16-bit results come in half as many tensors, two to a register (typed float32, holding bits)."""
-    accs, bias = list(accs), list(bias)
-    pack = int(unwrap(accs[0].shape[1]))
-    regs, out = pack * len(accs), pack * len(accs) // 2
-    biases = [f"${out + regs + i * pack}" for i in range(2)]
-    lines = ["{ .reg .b32 r; .reg .f32 f0, f1;"]
-    for k in range(out):
-        lines.append(_convert(unwrap(DTYPE), bool(bias), f"${out + 2 * k}", f"${out + 2 * k + 1}", biases[k % 2], "r") + f" mov.b32 ${k}, r;")
-    # every output is early-clobber: an input may be read after it is written
-    constraints = ",".join(["=&f"] * out + ["f"] * regs) + ",f" * (pack * len(bias))
-    extra = [_semantic.broadcast_impl_shape(b, accs[0].shape) for b in bias]
-    return asm_plain(_semantic, "\n".join([*lines, "}"]), constraints, [*accs, *extra], [accs[0].type] * (len(accs) // 2), pack)
-
-
-@builtin
-def store_write(packed, FIRST, TOKENS, y_offset, _semantic=None):
-    """Write tokens [FIRST, FIRST + TOKENS) of what `store_pack` returned to the buffer at y_offset, transposed, by stmatrix.trans."""
-    packed, first, tokens = list(packed), unwrap(FIRST), unwrap(TOKENS)
-    pack = int(unwrap(packed[0].shape[1]))
-    regs = pack * len(packed)
-    lines = ["{ .reg .b32 t, w, r, h, c, a, x, r0, r1, r2, r3;", _buffer_address(f"${2 * regs}")]
-    for j in range(first // 8, (first + tokens) // 8, 2):
-        lines.append(" ".join(f"mov.b32 r{i}, ${2 * j + i};" for i in range(4)))
-        lines.append(f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [a+{(j - first // 8) * 1024}], {{r0, r1, r2, r3}};")
-    offset = _semantic.splat(_semantic.to_tensor(y_offset), packed[0].shape, packed[0].type.layout)
-    return asm_tied(_semantic, "\n".join([*lines, "}"]), _tied_constraints(regs) + ",r" * pack, packed, [offset], pack)
-
-
-@builtin
-def store_start(y_offset, row, token, WG, HINTS, _semantic=None):
-    """What the warpgroup wrote becomes visible to the copy engine; one thread starts the store of the buffer at y_offset."""
+    regs = pack * chunks
+    offset, out_row, out_token, bias_low, bias_high = (f"${2 * regs + i * pack}" for i in range(5))
+    convert = "cvt.rn.bf16x2.f32" if unwrap(DTYPE) == "bf16" else "cvt.rn.f16x2.f32"
     hint, policy = _hint(unwrap(HINTS)[2])
-    asm = ("{ .reg .pred p; .reg .b32 t, s; .reg .b64 ty; mov.u32 t, %tid.x; and.b32 t, t, 127; setp.eq.u32 p, t, 0;"
-           f"fence.proxy.async.shared::cta; bar.sync {STORE_NAMED_BARRIER + unwrap(WG)}, 128;"
-           f"mov.u32 s, global_smem; add.u32 s, s, $1; {_map_address('ty', PARAM_Y)}"
-           f"@p cp.async.bulk.tensor.2d.global.shared::cta.bulk_group{hint} [ty, {{$2, $3}}], [s]{policy};"
-           "@p cp.async.bulk.commit_group; mov.b32 $0, 0; }")
-    return asm_scalar(_semantic, asm, "=r,r,r,r", [y_offset, row, token])
+    lines = [
+        "{ .reg .pred p; .reg .b32 t, w, r, h, c, a, s, x, r0, r1, r2, r3; .reg .b64 ty; .reg .f32 f0, f1;",
+        f"mov.u32 t, %tid.x; and.b32 s, t, 127; setp.eq.u32 p, s, 0; mov.u32 a, global_smem; add.u32 s, a, {offset};",
+        "shr.u32 w, t, 5; and.b32 w, w, 3; and.b32 r, t, 7; shr.u32 h, t, 3; and.b32 h, h, 1; shr.u32 x, t, 4; and.b32 x, x, 1;",
+        "shl.b32 c, w, 1; or.b32 c, c, h; xor.b32 c, c, r; shl.b32 c, c, 4; shl.b32 r, r, 7; shl.b32 x, x, 10;",
+        "add.u32 a, s, c; add.u32 a, a, r; add.u32 a, a, x;", _map_address("ty", PARAM_Y),
+    ]
+    for first in range(0, 2 * regs, tokens):
+        lines.append(f"@p cp.async.bulk.wait_group.read 0; bar.sync {barrier}, 128;")
+        for j in range(first // 8, (first + tokens) // 8, 2):
+            for i, (jj, half) in enumerate([(j, 0), (j, 1), (j + 1, 0), (j + 1, 1)]):
+                low, high = f"${4 * jj + 2 * half}", f"${4 * jj + 2 * half + 1}"
+                if bias:
+                    b = bias_high if half else bias_low
+                    lines.append(f"add.f32 f0, {low}, {b}; add.f32 f1, {high}, {b};")
+                    low, high = "f0", "f1"
+                lines.append(f"{convert} r{i}, {high}, {low};")
+            lines.append(f"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [a+{(j - first // 8) * 1024}], {{r0, r1, r2, r3}};")
+        lines.append(f"fence.proxy.async.shared::cta; bar.sync {barrier}, 128; add.u32 x, {out_token}, {first};")
+        lines.append(f"@p cp.async.bulk.tensor.2d.global.shared::cta.bulk_group{hint} [ty, {{{out_row}, x}}], [s]{policy};")
+        lines.append("@p cp.async.bulk.commit_group;")
+    like = part[0]
+    extra = [_semantic.splat(_semantic.to_tensor(v), like.shape, like.type.layout) for v in (y_offset, row, token)]
+    extra += [_semantic.broadcast_impl_shape(b, like.shape) for b in bias]
+    constraints = _tied_constraints(regs) + ",r" * (3 * pack) + ",f" * (pack * len(bias))
+    new = asm_tied(_semantic, "\n".join([*lines, "}"]), constraints, part, extra, pack)
+    return pack_tuple([*every[:block * chunks], *new, *every[(block + 1) * chunks:]])
 
 
 @builtin

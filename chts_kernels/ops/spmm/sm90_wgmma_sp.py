@@ -62,10 +62,11 @@ def spmm_sm90(x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, out_fea
         result = flat.view(*x.shape[:-1], out_features)
         return result if out is None else out.copy_(result)
     device, x_at, values_at = x.get_device(), x.data_ptr(), values.data_ptr()
-    key = (x.shape, x.stride(), x.dtype, device, values.shape, values.stride(), values.dtype, meta.shape, meta.stride(), meta.dtype, out_features,
-           None if bias is None else (bias.dtype, bias.shape, bias.stride()), config)
+    key = (x.shape, x.stride(), x.dtype, device, values.shape, values.stride(), values.dtype, meta.shape, meta.stride(), meta.dtype,
+           out_features, None if bias is None else (bias.dtype, bias.shape, bias.stride(), bias.get_device()), config)
     plan = _PLANS.get(key)
-    if plan is None or out is not None or (x_at | values_at) % 16 or torch._C._cuda_getDevice() != device:
+    if (plan is None or out is not None or (x_at | values_at) % 16 or torch._C._cuda_getDevice() != device
+            or values.get_device() != device or meta.get_device() != device):
         return _spmm_slow(x, values, meta, out_features, bias, out, config, key)
     y = x.new_empty((x.shape[0], out_features))
     plan.run(values_at, x_at, y.data_ptr(), meta.data_ptr(), 0 if bias is None else bias.data_ptr(),
@@ -94,9 +95,7 @@ def _spmm_slow(x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, out_fe
         config = choose(tokens, out_features, in_features, sm90_launch.multiprocessors(device))
     x_rows, w_rows = (t if _rows_aligned(t) else _padded_rows(t) for t in (x, values))
     target = out
-    if out is None:
-        target = x.new_empty(tokens, -(-out_features // 8) * 8)[:, :out_features]
-    elif not _rows_aligned(out):
+    if out is None or not _rows_aligned(out):
         target = x.new_empty(tokens, -(-out_features // 8) * 8)[:, :out_features]
     row_bytes = tuple(_row_bytes(t) for t in (w_rows, x_rows, target))
     plan = _plan(tokens, out_features, in_features, x.dtype, None if bias is None else bias.dtype, device, row_bytes, config)

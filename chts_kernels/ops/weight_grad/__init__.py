@@ -18,7 +18,7 @@ WEIGHT_GRAD = Op(
 
 
 def _why_not_wgmma(dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype) -> str | None:
-    reason = target.why_not_cuda(dy.device, (9, 0), (9, 0))
+    reason = target.why_not_kernel("wgmma_sp", dy.device)
     if reason is None and dy.dtype not in (torch.bfloat16, torch.float16):
         reason = f"it computes in bfloat16 or float16, got {dy.dtype} (cast dy and x, or use autocast)"
     if reason is None and out_dtype not in (torch.float32, dy.dtype):

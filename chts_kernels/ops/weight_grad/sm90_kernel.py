@@ -25,20 +25,17 @@ from ..spmm.sm90_ptx import (
     mbar_wait,
     warp_in_group,
 )
+from .sm90_links import reduce_share, store_links, store_partial, write_selectors
 from .sm90_ptx import (
     counter_arrive,
     counter_wait,
     load_stage,
     prefetch_maps,
     read4,
-    reduce_share,
     stamp,
-    store_links,
-    store_partial,
     warpgroup_index,
     wgmma,
     wgmma_wait_all,
-    write_selectors,
 )
 
 
@@ -175,7 +172,7 @@ def _mma_partition(out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_p
     phase = 0
     selector_phase = 0
     base = (RING + wg * (MB * 8192)) // 16 | ((RING + BM * 128) // 16 << 16)
-    if LAG:
+    if LAG:  # noqa: SIM102 - LAG is a constant, the rest is not
         if (wg == 1) & (count > 1):
             mbar_wait(BARRIERS + 8, 0)
     if STAMP:

@@ -106,11 +106,11 @@ def check_compiled(variant: Variant) -> dict[str, int]:
     return {"registers": int(re.search(r"Used (\d+) registers", log).group(1)), "shared": variant.config.shared_bytes}
 
 
-class _CooperativeFrame(cuda_driver._Frame):
+class CooperativeLaunch(cuda_driver.Launch):
     """A launch whose blocks must all be resident: those of a split tile wait for each other."""
 
-    def __init__(self, kernel: cuda_driver.Kernel) -> None:
-        super().__init__(kernel)
+    def __init__(self, kernel: cuda_driver.Kernel, grid: int, fixed: tuple[tuple[int, int], ...]) -> None:
+        super().__init__(kernel, grid, fixed)
         cooperative, cluster_dimension = 2, 4  # CU_LAUNCH_ATTRIBUTE_...
         attributes = [cuda_driver._Attribute(cooperative, 0, (ctypes.c_uint * 16)(1))]
         if kernel.cluster > 1:
@@ -127,10 +127,7 @@ def load(variant: Variant, device: int) -> cuda_driver.Kernel:
     ptx, config = compiled.asm["ptx"], variant.config
     threads = int(re.search(r"\.reqntid (\d+)", ptx).group(1))
     kinds = cuda_driver.parameters(ptx, NAME)
-    kernel = cuda_driver.Kernel(compiled.asm["cubin"], NAME, kinds, threads, config.shared_bytes, config.cluster, device)
-    if variant.split:
-        kernel._frame = _CooperativeFrame(kernel)
-    return kernel
+    return cuda_driver.Kernel(compiled.asm["cubin"], NAME, kinds, threads, config.shared_bytes, config.cluster, device)
 
 
 @functools.cache
@@ -140,7 +137,9 @@ def multiprocessors(device: int) -> int:
 
 # --- tables and counters ---------------------------------------------------------------------------------------------
 def selector_table(n: int) -> np.ndarray:
-    """int64 [P]: the selectors of an even lane (see sm90_ptx.py), row r's in the r-th 16 bits: byte s is 0x22 * column of link s + 0x10."""
+    """int64 [P]: the selectors of an even lane (see sm90_links.py), row r's in the r-th 16 bits.
+
+    Byte s of a selector is 0x22 times the column of link s, plus 0x10."""
     columns = pattern_table(n).columns.astype(np.int64)  # [P, 4, n]
     bytes_ = columns * 0x22 + 0x10
     rows = bytes_[..., 0] | (bytes_[..., 1] << 8 if n == 2 else 0)
@@ -236,18 +235,19 @@ def plan(
         (PARAM_STARTS, lists.data_ptr()), (PARAM_PIECES, lists.data_ptr() + pieces_offset),
         *([(PARAM_STEPS, blocks)] if config.sparse else []),
     )  # fmt: skip
-    grid, launch_kernel = work.ctas * config.cluster, kernel.launch
+    launch = (CooperativeLaunch if split else cuda_driver.Launch)(kernel, work.ctas * config.cluster, fixed)
     partials = slots * config.rows * config.columns * n // 4
 
-    def launch(left: cuda_driver.TensorMap, x: cuda_driver.TensorMap, ids: int, out: int, stream: int, extra: int = 0) -> None:
-        maps = ((PARAM_DY, left.address), (PARAM_X, x.address))
-        values = (*fixed, (PARAM_IDS, ids), (PARAM_OUT, out), (PARAM_EXTRA, extra))
+    def run(left: cuda_driver.TensorMap, x: cuda_driver.TensorMap, ids: int, out: int, stream: int, extra: int = 0) -> None:
+        pointers, values = launch.pointers, launch.values
+        pointers[PARAM_DY], pointers[PARAM_X] = left.address, x.address
+        values[PARAM_IDS], values[PARAM_OUT], values[PARAM_EXTRA] = ids, out, extra
         if torch._C._cuda_isCurrentStreamCapturing():
             _CAPTURED.add(lists)  # a graph keeps addresses, not tensors
-        if not split:
-            return launch_kernel(grid, stream, maps, values)
-        workspace = torch.empty(partials, dtype=torch.float32, device=lists.device)
-        counter, _owner = counters(device, stream)
-        return launch_kernel(grid, stream, maps, (*values, (PARAM_WORKSPACE, workspace.data_ptr()), (PARAM_COUNTER, counter)))
+        if split:
+            workspace = torch.empty(partials, dtype=torch.float32, device=lists.device)
+            values[PARAM_COUNTER], _owner = counters(device, stream)
+            values[PARAM_WORKSPACE] = workspace.data_ptr()
+        launch.run(stream)
 
-    return launch
+    return run

@@ -19,7 +19,7 @@ from ..spmm.sm90_ptx import (
     warp_in_group,
 )
 from .sm90_kernel import add_partials, finish_piece, load_selectors, tile
-from .sm90_ptx import SLAB, _splat, _ties, load_sparse_stage, prefetch_maps, read4, warpgroup_index, wgmma_wait_all
+from .sm90_ptx import SLAB, load_sparse_stage, prefetch_maps, read4, splat, ties, warpgroup_index, wgmma_wait_all
 
 P_DESC_HIGH = 2 << 30 | 512 >> 4  # rows of 64 bytes, 64-byte swizzle, 8-row groups 512 bytes apart
 X_DESC_HIGH = 1 << 30 | 1024 >> 4
@@ -48,11 +48,12 @@ def wgmma_sparse(accs, ab, meta, BN, DT, _semantic=None):
         lines += [
             f"add.u32 tmp, alo, {2 * k}; mov.b64 da, {{tmp, {P_DESC_HIGH:#x}}};",
             f"add.u32 tmp, blo, {256 * k}; mov.b64 db, {{tmp, {X_DESC_HIGH:#x}}};",
-            f"wgmma.mma_async.sp.sync.aligned.m64n{bn}k32.f32.{dtype}.{dtype} {{{acc}}}, da, db, {meta_reg}, {k}, {'pq'[k == 0]}, 1, 1, 0, 1;",
+            f"wgmma.mma_async.sp.sync.aligned.m64n{bn}k32.f32.{dtype}.{dtype} {{{acc}}}, da, db, {meta_reg}, {k},"
+            f" {'pq'[k == 0]}, 1, 1, 0, 1;",
         ]
     lines.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; }")
-    extra = [_splat(_semantic, accs[0], ab), _semantic.broadcast_impl_shape(_semantic.expand_dims(meta, 1), accs[0].shape)]
-    return asm_tied(_semantic, "\n".join(lines), _ties(n) + ",r" * (2 * pack), accs, extra, pack)
+    extra = [splat(_semantic, accs[0], ab), _semantic.broadcast_impl_shape(_semantic.expand_dims(meta, 1), accs[0].shape)]
+    return asm_tied(_semantic, "\n".join(lines), ties(n) + ",r" * (2 * pack), accs, extra, pack)
 
 
 @gluon.jit

@@ -126,7 +126,6 @@ def _explain(dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out: 
     """Raise for the first argument that does not fit."""
     check.links_per_row(n)
     check.require(dy.dtype in PTX_DTYPE, "dy", "have dtype bfloat16 or float16", dy.dtype, TypeError)
-    check.require(dy.is_cuda, "dy", "be on a CUDA device", dy.device)
     check.require(x.dtype == dy.dtype, "x", f"have the dtype of dy ({dy.dtype})", x.dtype, TypeError)
     check.require(x.shape[0] == dy.shape[0], "x", f"have {dy.shape[0]} rows like dy", tuple(x.shape))
     check.require(dy.shape[1] % 4 == 0, "dy", "have a number of columns divisible by 4", tuple(dy.shape))
@@ -134,5 +133,6 @@ def _explain(dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out: 
     shape = (dy.shape[1] // 4, x.shape[1] // 4)
     check.require(tuple(ids.shape) == shape, "ids", f"have shape {shape}", tuple(ids.shape))
     check.require(ids.dtype == torch.uint8, "ids", "have dtype uint8", ids.dtype, TypeError)
+    check.require(dy.is_cuda, "dy", "be on a CUDA device", dy.device)
     check.same_device(dy=dy, x=x, ids=ids)
     check.require(out is not None or not accumulate, "out", "be given to accumulate into", out)

@@ -18,7 +18,6 @@ from ...rng import Purpose
 from .. import _triton
 
 STEPS = 2
-FEATURES = 64
 _PADDING = tl.constexpr(PADDING_NIBBLE)
 
 
@@ -47,12 +46,12 @@ def _group_bits(feature0, group, groups, seed_low, seed_high, layer, step, PURPO
 
 
 @triton.jit
-def _kept(y, h, bits, DTYPE: tl.constexpr):
-    """sign(y) max(|y|, h), stochastically rounded to DTYPE; zero stays zero."""
+def _kept(y, h, bits, BF16: tl.constexpr):
+    """sign(y) max(|y|, h), stochastically rounded to bfloat16 or float16; zero stays zero."""
     magnitude = tl.maximum(tl.abs(y), h, propagate_nan=tl.PropagateNan.ALL)
     sign = y.to(tl.uint32, bitcast=True) & 0x80000000
     value = tl.where(y == 0.0, y, (magnitude.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True))
-    if DTYPE == tl.bfloat16:
+    if BF16:
         raised = (value.to(tl.uint32, bitcast=True) + ((bits & 0xFF) << 8) + 0x80) & 0xFFFF0000
         return tl.where(value != value, value, raised.to(tl.float32, bitcast=True)).to(tl.bfloat16)
     else:
@@ -64,7 +63,7 @@ def _kept(y, h, bits, DTYPE: tl.constexpr):
 @triton.jit
 def mvue_prune_kernel(
     dy_ptr, values_ptr, meta_ptr, row_eighths, tokens, feature_quarters, steps, groups, seed_low, seed_high, layer, step, feature_tiles,
-    PURPOSE: tl.constexpr, STEPS: tl.constexpr,
+    PURPOSE: tl.constexpr, STEPS: tl.constexpr, BF16: tl.constexpr,
 ):  # fmt: skip
     """groups = ceil(tokens / 4); steps = ceil(tokens / 64); values [features, 32 * steps]; feature_tiles covers the padded rows.
     Row stride and features come divided, so that the compiler knows what divides them and loads vectors."""
@@ -97,8 +96,8 @@ def mvue_prune_kernel(
     nothing = h == 0
     first = tl.where(nothing, lone, tl.minimum(first, tl.where(first == second, 2, first)))
     second = tl.where(nothing, lone + 1, tl.maximum(second, first + 1))
-    v0 = _kept(tl.where(first == 0, y0, tl.where(first == 1, y1, y2)), h, bits, values_ptr.dtype.element_ty)
-    v1 = _kept(tl.where(second == 1, y1, tl.where(second == 2, y2, y3)), h, bits, values_ptr.dtype.element_ty)
+    v0 = _kept(tl.where(first == 0, y0, tl.where(first == 1, y1, y2)), h, bits, BF16)
+    v1 = _kept(tl.where(second == 1, y1, tl.where(second == 2, y2, y3)), h, bits, BF16)
 
     values = tl.reshape(tl.permute(tl.join(v0, v1), (1, 0, 2)), (64, 2 * GROUPS))
     place = step0 * 32 + tl.arange(0, 2 * GROUPS)
@@ -138,6 +137,6 @@ def prune(dy: torch.Tensor, *, seed: int, layer: int, step: int) -> tuple[torch.
     meta = torch.empty(slabs, steps, threads, dtype=torch.int32, device=dy.device)
     signed = [word - (1 << 32) if word >= 1 << 31 else word for word in (seed & 0xFFFFFFFF, seed >> 32, layer, step)]
     arguments = (dy, values, meta, dy.stride(0) // 8 if tokens > 1 else 0, tokens, features // 4, steps, -(-tokens // 4), *signed, slabs)
-    constants = (("PURPOSE", int(Purpose.MVUE)), ("STEPS", STEPS))
+    constants = (("PURPOSE", int(Purpose.MVUE)), ("STEPS", STEPS), ("BF16", dy.dtype == torch.bfloat16))
     PRUNE.launch(slabs * -(-steps // STEPS), arguments, constants, 4)
     return values, meta
