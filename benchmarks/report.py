@@ -1,7 +1,7 @@
 """Rendering: result files to tables between markers in Markdown files, so that no figure is ever typed by hand.
 
 A Markdown file marks a region with ``<!-- report:begin NAME -->`` and ``<!-- report:end NAME -->``; NAME is "all" or one of
-:data:`PARTS`. Without result files a region is empty.
+:data:`PARTS`. Without result files a region says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from benchmarks.view import Table, View
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (Path(__file__).parent / "README.md", ROOT / "README.md")
+NOTHING = "No result file has been committed yet.\n"
 REGION = re.compile(r"(<!-- report:begin (\w+) -->\n)(.*?)(<!-- report:end \2 -->)", re.DOTALL)
 
 
@@ -90,7 +91,7 @@ def render(name: str, files: Sequence[Path]) -> str:
         if blocks:
             heading = f"### {_text(view.environment.get('gpu'))}\n\n" if name == "all" or len(files) > 1 else ""
             sections.append(heading + "\n\n".join(blocks))
-    return "\n\n".join(sections) + "\n" if sections else ""
+    return "\n\n".join(sections) + "\n" if sections else NOTHING
 
 
 def refresh(document: Path, files: Sequence[Path]) -> tuple[str, str]:

@@ -14,8 +14,6 @@ from .ops.weight_grad import weight_grad
 from .patterns import PatternTable, pattern_table
 from .target import capability_report
 
-
-
 __all__ = [
     "Evolution",
     "Operands",

@@ -8,7 +8,6 @@ from importlib import metadata
 
 import torch
 
-
 # Kernel family: lowest and highest compute capability, and what it computes in. One name for all passes of a family.
 KERNELS: dict[str, tuple[tuple[int, int], tuple[int, int] | None, str]] = {
     "wgmma_sp": ((9, 0), (9, 0), "Hopper tensor cores, sparse and dense: bfloat16, float16"),
@@ -98,5 +97,7 @@ def capability_report() -> str:
     lines += ["", "operations (auto takes the first that can run)"]
     width = max(map(len, REGISTRY))
     for op in REGISTRY.values():
-        lines.append(f"  {op.name:{width}} {', '.join([*(kernel.name for kernel in op.kernels), 'reference'])}")
+        choices = [k.name for k in op.kernels if not k.on_request] + ["reference"]
+        choices += [f"{k.name} on request" for k in op.kernels if k.on_request]
+        lines.append(f"  {op.name:{width}} {', '.join(choices)}")
     return "\n".join(lines)

@@ -101,7 +101,7 @@ class BatchKernel:
         self.function, self.num_warps, self.options = function, num_warps, options
         self.scalars = dict.fromkeys(wide, "i64") | dict.fromkeys(floats, "fp32")
         self.compiled: dict[tuple, Any] = {}
-        self.loaded: dict[tuple, cuda_driver.Kernel] = {}
+        self.loaded: dict[tuple, cuda_driver.Launch] = {}
 
     def compile(self, types: tuple[str, ...], constants: tuple, num_warps: int, capability: tuple[int, int]) -> Any:
         """Triton's compiled kernel; needs no device. ``types``: of the arguments that are not constants, in order."""
@@ -136,15 +136,35 @@ class BatchKernel:
         if _requests is not None:
             _requests.append((self, (*key, torch.cuda.get_device_capability(device))))
             return
-        kernel = self.loaded.get((*key, device))
-        if kernel is None:
-            compiled = self.compile(*key, torch.cuda.get_device_capability(device))
-            name, shared = compiled.metadata.name, int(compiled.metadata.shared)
-            kinds = cuda_driver.parameters(compiled.asm["ptx"], name)
-            kernel = cuda_driver.Kernel(compiled.asm["cubin"], name, kinds, num_warps * 32, shared, 1, device)
-            self.loaded[(*key, device)] = kernel
-        values = tuple([(i, _word(a)) for i, a in enumerate(arguments)])
-        kernel.launch(blocks, torch._C._cuda_getCurrentRawStream(device), (), values)
+        launch = self.loaded.get((*key, device))
+        if launch is None:
+            launch = self.loaded[(*key, device)] = self.load(*key, device)
+        enqueue(launch, blocks, tuple(enumerate(arguments)), current_stream(device))
+
+    def load(self, types: tuple[str, ...], constants: tuple, num_warps: int, device: int) -> cuda_driver.Launch:
+        """The kernel on a device, ready to launch."""
+        compiled = self.compile(types, constants, num_warps, torch.cuda.get_device_capability(device))
+        name, shared = compiled.metadata.name, int(compiled.metadata.shared)
+        kinds = cuda_driver.parameters(compiled.asm["ptx"], name)
+        kernel = cuda_driver.Kernel(compiled.asm["cubin"], name, kinds, num_warps * 32, shared, 1, device)
+        return cuda_driver.Launch(kernel, 1, ())
+
+
+def enqueue(
+    launch: cuda_driver.Launch, blocks: int, arguments: Sequence[tuple[int, Any]], stream: int, maps: Sequence[tuple[int, int]] = ()
+) -> None:
+    """Launch on ``blocks`` blocks: (parameter index, tensor, integer or float), and (parameter index, address of a tensor map)."""
+    for index, argument in arguments:
+        launch.values[index] = _word(argument)
+    for index, address in maps:
+        launch.pointers[index] = address
+    launch.config.grid[0] = blocks
+    launch.run(stream)
+
+
+def current_stream(device: int) -> int:
+    """The raw current stream of a device."""
+    return torch._C._cuda_getCurrentRawStream(device)
 
 
 def _word(argument: torch.Tensor | int | float) -> int:

@@ -10,7 +10,7 @@ import torch
 
 from chts_kernels import SparseWeight
 from chts_kernels.freshness import Freshness
-from chts_train import STELinear, SparseLinear
+from chts_train import SparseLinear, STELinear
 
 
 def test_mark_holds_until_a_tensor_or_a_setting_changes():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from chts_kernels import SparseWeight
-from chts_train import STELinear, SparseLinear, SparsityConfig, densify_, sparse_layers, sparsify_
+from chts_train import SparseLinear, SparsityConfig, STELinear, densify_, sparse_layers, sparsify_
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -165,7 +165,7 @@ def test_gradient_accumulation_counts_optimizer_steps():
     model, optimizer, schedule = _setup()
     evolver = TopologyEvolver(model, optimizer, schedule)
     for _ in range(10):
-        for micro in range(3):
+        for _micro in range(3):
             (model(torch.randn(4, 32)).square().mean() / 3).backward()
         if evolver.step():
             optimizer.step()

@@ -153,10 +153,7 @@ def select_kernel(
         for r in tl.static_range(4):
             group = (i * 4 + r).to(tl.int64) * block_columns + j
             if MODE != RANDOM or STATS:
-                if RAW:
-                    place = scores_ptr + (i * 4 + r).to(tl.int64) * columns_padded + j * 4
-                else:
-                    place = scores_ptr + group * 4
+                place = scores_ptr + ((i * 4 + r).to(tl.int64) * columns_padded + j * 4 if RAW else group * 4)
                 s0, s1 = tl.load(place, mask=valid, other=0), tl.load(place + 1, mask=valid, other=0)
                 s2, s3 = tl.load(place + 2, mask=valid, other=0), tl.load(place + 3, mask=valid, other=0)
                 if RAW:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._batch import interpreted, is_recording
+from .._batch import BatchKernel, interpreted
 
 TILE = 128
 
@@ -40,30 +40,39 @@ def rectangle(t, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def multiply_kernel(
-    a_desc, b_desc, out_ptr, a_first, a_rows, a_column, b_first, b_rows, b_column, depth,
-    out_first, out_layer, out_stride, tiles_m, tiles_n, per_layer,
+    operands_ptr, out_ptr, length_units, a_first, a_rows, a_column, b_first, b_rows, b_column, depth,
+    first_units, layer_units, out_units, tiles_m, tiles_n, per_layer,
     TILE: tl.constexpr, DEPTH: tl.constexpr, STAGES: tl.constexpr, TRIANGLE: tl.constexpr, COMPILED: tl.constexpr,
 ):  # fmt: skip
+    """Row lengths in units of 128: the compiler sees what divides them, and everything is padded, so nothing is masked."""
     b, t = tl.program_id(0) // per_layer, tl.program_id(0) % per_layer
     if TRIANGLE:
         tile_m, tile_n = triangle(t, tiles_m)
     else:
         tile_m, tile_n = rectangle(t, tiles_m, tiles_n, 8)
-    a_row, b_row = a_first + b * a_rows + tile_m * TILE, b_first + b * b_rows + tile_n * TILE
+    m, n, d = tl.arange(0, TILE), tl.arange(0, TILE), tl.arange(0, DEPTH)
+    length = length_units.to(tl.int64) * 128
+    a_ptr = operands_ptr + (a_first + b * a_rows + tile_m * TILE + m)[:, None] * length + a_column // 128 * 128 + d[None, :]
+    b_ptr = operands_ptr + (b_first + b * b_rows + tile_n * TILE + n)[None, :] * length + b_column // 128 * 128 + d[:, None]
     sums = tl.zeros([TILE, TILE], tl.int32)
     if COMPILED:
-        for d in tl.range(0, depth, DEPTH, num_stages=STAGES):
-            left, right = a_desc.load([a_row, a_column + d]), b_desc.load([b_row, b_column + d])
-            sums = tl.dot(left, right.T, sums, out_dtype=tl.int32)  # [TILE, DEPTH] @ [DEPTH, TILE]
+        for _ in tl.range(0, depth, DEPTH, num_stages=STAGES):
+            sums = tl.dot(tl.load(a_ptr), tl.load(b_ptr), sums, out_dtype=tl.int32)  # [TILE, DEPTH] @ [DEPTH, TILE]
+            a_ptr += DEPTH
+            b_ptr += DEPTH
     else:  # numpy 2.4 broke range with run-time bounds in Triton 3.6's interpreter
-        d = depth * 0
-        while d < depth:
-            left, right = a_desc.load([a_row, a_column + d]), b_desc.load([b_row, b_column + d])
-            sums = tl.dot(left, right.T, sums, out_dtype=tl.int32)
-            d += DEPTH
-    m, n = tile_m * TILE + tl.arange(0, TILE), tile_n * TILE + tl.arange(0, TILE)
-    place = out_ptr + out_first + b.to(tl.int64) * out_layer + m.to(tl.int64)[:, None] * out_stride + n[None, :]
-    tl.store(place, sums.to(out_ptr.dtype.element_ty))
+        done = depth * 0
+        while done < depth:
+            sums = tl.dot(tl.load(a_ptr), tl.load(b_ptr), sums, out_dtype=tl.int32)
+            a_ptr += DEPTH
+            b_ptr += DEPTH
+            done += DEPTH
+    corner = (first_units + b * layer_units) * 128
+    place = out_ptr + corner + (tile_m * TILE + m).to(tl.int64)[:, None] * (out_units * 128)
+    tl.store(place + (tile_n * TILE + n)[None, :], sums.to(out_ptr.dtype.element_ty))
+
+
+MULTIPLY = BatchKernel(multiply_kernel, 8, wide=("first_units", "layer_units"))
 
 
 def multiply(
@@ -99,17 +108,11 @@ def multiply(
 
         sm90_multiply.launch(operands, result, layers, problem, depth, out, tiles, symmetric, config)
         return
-    if is_recording():
-        return  # Triton's own launcher compiles this one
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    step = 64 if operands.is_cuda and torch.cuda.get_device_capability(operands.device)[0] != 9 else 128
-    desc = TensorDescriptor.from_tensor(operands, [TILE, step])
     tiles_m, tiles_n = tiles[0] // TILE, tiles[1] // TILE
     per_layer = tiles_m * (tiles_m + 1) // 2 if symmetric else tiles_m * tiles_n
-    multiply_kernel[(per_layer * layers,)](
-        desc, desc, result, *problem, depth, *out, tiles_m, tiles_n, per_layer,
-        TILE=TILE, DEPTH=step, STAGES=3 if step == 128 else 2, TRIANGLE=symmetric, COMPILED=not interpreted(), num_warps=8,
+    MULTIPLY(
+        per_layer * layers, operands, result, operands.shape[1] // 128, *problem, depth, *(o // 128 for o in out),
+        tiles_m, tiles_n, per_layer, TILE=TILE, DEPTH=64, STAGES=4, TRIANGLE=symmetric, COMPILED=not interpreted(),
     )  # fmt: skip
 
 

@@ -15,9 +15,20 @@ from typing import Any
 
 import torch
 
-from ...cuda_driver import Kernel, TensorMap, parameters
-from ...gluon_compat import DESC_PARAMS, RESERVED_SHARED, asm_scalar, asm_tied, builtin, compile_kernel, gl, gluon, thread_barrier, unwrap
-from .._batch import is_recording, record
+from ...cuda_driver import Kernel, Launch, TensorMap, parameters
+from ...gluon_compat import (
+    DESC_PARAMS,
+    RESERVED_SHARED,
+    asm_scalar,
+    asm_tied,
+    builtin,
+    compile_kernel,
+    gl,
+    gluon,
+    thread_barrier,
+    unwrap,
+)
+from .._batch import current_stream, enqueue, is_recording, record
 from ..spmm.sm90_ptx import copies, mbar_arrive, mbar_init, mbar_init_fence, mbar_wait, warp_in_group
 
 KERNEL = "chts_multiply_sm90"
@@ -305,12 +316,13 @@ def check_ptx(ptx: str, triton_shared: int, config: Config) -> None:
 
 
 @functools.cache
-def load(name: str, size: int, symmetric: bool, device: int) -> Kernel:
-    """The kernel on a device."""
+def load(name: str, size: int, symmetric: bool, device: int) -> Launch:
+    """The kernel on a device, ready to launch."""
     compiled = COMPILER.compile(name, size, symmetric)
     ptx = compiled.asm["ptx"]
     threads = int(re.search(r"\.reqntid (\d+)", ptx).group(1))
-    return Kernel(compiled.asm["cubin"], KERNEL, parameters(ptx, KERNEL), threads, CONFIGS[name].shared_bytes, 1, device)
+    kernel = Kernel(compiled.asm["cubin"], KERNEL, parameters(ptx, KERNEL), threads, CONFIGS[name].shared_bytes, 1, device)
+    return Launch(kernel, 1, ())
 
 
 @functools.lru_cache(maxsize=1024)
@@ -350,9 +362,7 @@ def launch(
         result.data_ptr(), a_first, a_rows, a_column // 2, b_first, b_rows, b_column // 2, depth // STEP, *out, *tiles,
         tiles_m, tiles_n, per_layer, per_layer * layers,
     )  # fmt: skip
-    kernel.launch(
-        min(per_layer * layers, multiprocessors(device)),
-        torch._C._cuda_getCurrentRawStream(device),
+    enqueue(
+        kernel, min(per_layer * layers, multiprocessors(device)), tuple(enumerate(values, PARAM_OUT)), current_stream(device),
         ((PARAM_A, maps[0].address), (PARAM_B, maps[1].address)),
-        tuple(enumerate(values, PARAM_OUT)),
-    )
+    )  # fmt: skip
