@@ -93,10 +93,8 @@ class STELinear(nn.Linear):
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` with zeros where the mask is zero."""
-        from .linear import _dense_linear
-
         with torch.no_grad():
-            return _dense_linear(self, self.weight * self.mask(), self.weight.requires_grad)
+            return dense_linear(self, self.weight * self.mask(), self.weight.requires_grad)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, n={self.n}, srste_lambda={self.srste_lambda:g}"
@@ -107,6 +105,15 @@ class STELinear(nn.Linear):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mask, self._freshness = None, Freshness()
+
+
+def dense_linear(layer: nn.Module, weight: torch.Tensor, requires_grad: bool) -> nn.Linear:
+    """An ``nn.Linear`` with this weight and the bias, sizes and mode of ``layer``."""
+    linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=layer.bias is not None)
+    linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
+    return linear.train(layer.training)
 
 
 def attach_srste_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle:

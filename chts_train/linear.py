@@ -12,7 +12,7 @@ from torch import nn
 from chts_kernels import Operands, SparseWeight, pack, prune, random_ids, spmm
 from chts_kernels.patterns import BLOCK, pattern_table
 
-from .baselines import STELinear
+from .baselines import STELinear, dense_linear
 
 logger = logging.getLogger("chts_train")
 
@@ -117,7 +117,7 @@ class SparseLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """A dense ``nn.Linear`` with zeros where there are no links."""
         with torch.no_grad():
-            return _dense_linear(self, self.weight.to_dense(), self.values.requires_grad)
+            return dense_linear(self, self.weight.to_dense(), self.values.requires_grad)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, n={self.n}"
@@ -280,11 +280,3 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None
         for name, child in list(parent._modules.items()):  # named_children would pass over a second use
             if child in replacements:
                 setattr(parent, name, replacements[child])
-
-
-def _dense_linear(layer: nn.Module, weight: torch.Tensor, requires_grad: bool) -> nn.Linear:
-    linear = nn.utils.skip_init(nn.Linear, layer.in_features, layer.out_features, bias=layer.bias is not None)
-    linear.weight = nn.Parameter(weight, requires_grad=requires_grad)
-    if layer.bias is not None:
-        linear.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
-    return linear.train(layer.training)
