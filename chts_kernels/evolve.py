@@ -31,7 +31,7 @@ class Evolution:
     survivors: torch.Tensor
     """int32 [N/4, K/4]: bit masks of the links that outlived the removal."""
     removed: int | None
-    """The number of removed links, k = int(zeta * links); None when zeta is on the device."""
+    """The number of removed links, k = int(zeta * links); None when a kernel read zeta on the device."""
     stats: dict[str, torch.Tensor] | None
     """0-dim float64 device tensors (see :func:`evolution_stats`), or None when they were not asked for."""
 

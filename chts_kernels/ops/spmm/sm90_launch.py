@@ -144,9 +144,11 @@ class Plan:
         w_maps, x_maps, y_maps = self.maps
         call = self.call
         pointers, scalars = call.pointers, call.values
-        pointers[PARAM_W] = (w_maps.get(values) or self._encode(0, values)).address
-        pointers[PARAM_X] = (x_maps.get(x) or self._encode(1, x)).address
-        pointers[PARAM_Y] = (y_maps.get(y) or self._encode(2, y)).address
+        # Held by name until the launch: another thread may empty a cache meanwhile.
+        w_map = w_maps.get(values) or self._encode(0, values)
+        x_map = x_maps.get(x) or self._encode(1, x)
+        y_map = y_maps.get(y) or self._encode(2, y)
+        pointers[PARAM_W], pointers[PARAM_X], pointers[PARAM_Y] = w_map.address, x_map.address, y_map.address
         scalars[PARAM_META] = meta
         scalars[PARAM_BIAS] = bias
         call.run(stream)
