@@ -113,6 +113,11 @@ def evolve_many(
         ValueError, TypeError: when an argument does not fit; the message names it; then nothing was changed.
         RuntimeError: when the named implementation cannot run here; the message says why.
     """
+    for index, w in enumerate(weights):
+        check.require(isinstance(w, SparseWeight), f"weights[{index}]", "be a SparseWeight", type(w).__name__, TypeError)
+    check.require(
+        len({w.values.data_ptr() for w in weights}) == len(weights), "weights", "be distinct", f"{len(weights)} with shared values"
+    )
     layers = list(range(len(weights))) if layers is None else list(layers)
     moments = [() for _ in weights] if moments is None else [tuple(m) for m in moments]
     check.require(len(layers) == len(weights), "layers", f"have {len(weights)} entries = len(weights)", len(layers))

@@ -567,3 +567,11 @@ def test_random_regrowth_is_hardly_different() -> None:
     assert abs(random["turnover"] - 0.0145) < 0.0003
     # Equally likely completions would differ from the greedy one in E[1 - 1 / completions] = 5.59 % of the blocks.
     assert abs(random["noise_changed_blocks"] - 0.0559) < 0.0016
+
+
+def test_evolve_many_refuses_what_is_no_weight_and_the_same_weight_twice() -> None:
+    w = SparseWeight.random(8, 8)
+    with pytest.raises(TypeError, match=r"weights\[1\]: must be a SparseWeight, got Tensor"):
+        evolve_many([w, w.values])
+    with pytest.raises(ValueError, match="weights: must be distinct, got 2 with shared values"):
+        evolve_many([w, w])
