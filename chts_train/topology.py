@@ -27,6 +27,7 @@ class TopologySchedule:
         interval: update at steps interval, 2 * interval, ...
         stop_fraction: ... up to and including ``stop_fraction * total_steps``.
         zeta: fraction of a matrix's active links to remove in an update.
+        zeta_end: that fraction at ``stop_fraction * total_steps``, linear between; None keeps ``zeta`` (the paper's rule).
         t_start, t_end: temperature of the soft removal at step 0 and at ``stop_fraction * total_steps``, linear between.
         lr_ramp_steps: after an update the learning rate is 0, 1/r, ..., (r - 1)/r of its value for r steps.
 
@@ -41,6 +42,7 @@ class TopologySchedule:
     t_start: float = 1.0
     t_end: float = 9.0
     lr_ramp_steps: int = 10
+    zeta_end: float | None = None
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -48,9 +50,10 @@ class TopologySchedule:
             ("interval", 1, math.inf),
             ("stop_fraction", 0, 1),
             ("zeta", 0, 1),
+            ("zeta_end", 0, 1),
             ("lr_ramp_steps", 0, math.inf),
         ):
-            if not low <= getattr(self, name) <= high:
+            if getattr(self, name) is not None and not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: must be in [{low}, {high}], got {getattr(self, name)}")
         for name in ("t_start", "t_end"):
             if not 0 < getattr(self, name) < math.inf:
@@ -62,9 +65,18 @@ class TopologySchedule:
 
     def temperature(self, step: int) -> float:
         """T of the soft removal at ``step``."""
+        return self.t_start + (self.t_end - self.t_start) * self._progress(step)
+
+    def removal_fraction(self, step: int) -> float:
+        """zeta at ``step``."""
+        if self.zeta_end is None:
+            return self.zeta
+        return self.zeta + (self.zeta_end - self.zeta) * self._progress(step)
+
+    def _progress(self, step: int) -> float:
+        """How far evolution has come: 0 at step 0, 1 from its end on."""
         end = self.stop_fraction * self.total_steps
-        progress = min(step / end, 1.0) if end > 0 else 1.0
-        return self.t_start + (self.t_end - self.t_start) * progress
+        return min(step / end, 1.0) if end > 0 else 1.0
 
     def lr_scale(self, step: int) -> float:
         """Factor on the learning rate at ``step``: the ramp after the latest update, 1 outside of it."""
@@ -253,7 +265,7 @@ class TopologyEvolver:
                 age += age < MAX_AGE
             results = evolve_many(
                 [layer.weight for _, _, layer in members],
-                zeta=self.schedule.zeta,
+                zeta=self.schedule.removal_fraction(self.step_count),
                 temperature=self.temperature,
                 removal=self.removal,
                 regrowth=self.regrowth,

@@ -31,6 +31,9 @@ def test_schedule_cadence_temperature_and_ramp():
     assert [t for t in range(1001) if s.is_update(t)] == [100, 200, 300, 400, 500, 600, 700]
     assert TopologySchedule(total_steps=800, interval=200).is_update(600)  # "up to and including"
     assert (s.temperature(0), s.temperature(375), s.temperature(750), s.temperature(1000)) == (1, 5, 9, 9)
+    assert [s.removal_fraction(t) for t in (0, 500, 1000)] == [0.1, 0.1, 0.1]
+    falling = TopologySchedule(total_steps=1000, zeta=0.3, zeta_end=0.1)
+    assert [round(falling.removal_fraction(t), 6) for t in (0, 375, 750, 1000)] == [0.3, 0.2, 0.1, 0.1]
     assert [round(s.lr_scale(100 + i), 3) for i in range(1, 13)] == [0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1, 1]
     assert all(s.lr_scale(t) == 1.0 for t in range(1, 101))
     assert [s.lr_scale(t) for t in (701, 705, 711, 801)] == [0, 0.4, 1, 1]  # after the last update too, once
@@ -44,6 +47,7 @@ def test_schedule_cadence_temperature_and_ramp():
         ("stop_fraction", 1.5, r"stop_fraction: must be in \[0, 1\], got 1.5"),
         ("zeta", -0.1, r"zeta: must be in \[0, 1\], got -0.1"),
         ("zeta", float("nan"), r"zeta: must be in \[0, 1\], got nan"),
+        ("zeta_end", 1.1, r"zeta_end: must be in \[0, 1\], got 1.1"),
         ("t_start", 0, "t_start: must be positive and finite, got 0"),
         ("t_end", float("inf"), "t_end: must be positive and finite, got inf"),
         ("lr_ramp_steps", -1, r"lr_ramp_steps: must be in \[0, inf\], got -1"),
@@ -171,6 +175,17 @@ def test_gradient_accumulation_counts_optimizer_steps():
             optimizer.step()
         optimizer.zero_grad()
     assert (evolver.step_count, evolver.updates) == (10, 1)
+
+
+def test_zeta_follows_its_schedule():
+    model, optimizer, schedule = _setup(zeta=0.3, zeta_end=0.1)
+    evolver = TopologyEvolver(model, optimizer, schedule)
+    removed = []
+    for step in range(1, 31):
+        _run(model, optimizer, evolver, 1, False, start=step - 1)
+        if schedule.is_update(step):
+            removed.append(evolver.stats()[0]["removed"])
+    assert removed == [int(schedule.removal_fraction(t) * 1024) for t in (10, 20, 30)] and removed[0] > removed[2]
 
 
 def test_stats():
