@@ -167,6 +167,7 @@ def add_training(parser: Parser) -> None:
 
     evolution = parser.add_argument_group("evolution of the topology")
     evolution.add_argument("--zeta", type=float, metavar="X", help="fraction of links removed in an update")
+    evolution.add_argument("--zeta-end", type=float, metavar="X", help="that fraction where updates end (default: the same)")
     evolution.add_argument("--interval", type=int, metavar="N", help="steps between updates")
     evolution.add_argument("--stop-fraction", type=float, metavar="X", help="updates end at this fraction of the steps")
     evolution.add_argument("--t-start", type=float, metavar="T", help="temperature of the soft removal, at the start")

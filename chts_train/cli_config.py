@@ -30,6 +30,7 @@ FIELDS = {
     "eval_interval": "eval_interval",
     "eval_tokens": "eval_tokens",
     "zeta": "zeta",
+    "zeta_end": "zeta_end",
     "interval": "interval",
     "stop_fraction": "stop_fraction",
     "t_start": "t_start",

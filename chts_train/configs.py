@@ -68,7 +68,7 @@ class RunConfig:
     impl: implementation of the sparse layers: "auto", "reference" or a kernel's name (``chts info`` lists them).
     seed: initial weights, batches and topology.
     eval_interval: steps between evaluations. eval_tokens: targets (images: images) of one evaluation, None for all.
-    zeta, interval, t_start, t_end, stop_fraction, lr_ramp_steps: of the TopologySchedule; only for methods that evolve.
+    zeta, zeta_end, interval, t_start, t_end, stop_fraction, lr_ramp_steps: of the TopologySchedule; only for methods that evolve.
 
     Raises ValueError naming the field, its rule and the value; TypeError when a value has another type.
     """
@@ -101,6 +101,7 @@ class RunConfig:
     eval_tokens: int | None = None
 
     zeta: float = 0.1
+    zeta_end: float | None = None
     interval: int = 100
     t_start: float = 1.0
     t_end: float = 9.0
@@ -141,6 +142,7 @@ class RunConfig:
             "eval_interval": (self.eval_interval >= 1, "at least 1"),
             "eval_tokens": (self.eval_tokens is None or self.eval_tokens >= 1, "at least 1 or None"),
             "zeta": (0 <= self.zeta <= 1, "in [0, 1]"),
+            "zeta_end": (self.zeta_end is None or 0 <= self.zeta_end <= 1, "in [0, 1] or None"),
             "interval": (self.interval >= 1, "at least 1"),
             "t_start": (0 < self.t_start < math.inf, "positive and finite"),
             "t_end": (0 < self.t_end < math.inf, "positive and finite"),

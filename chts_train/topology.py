@@ -185,7 +185,13 @@ class TopologyEvolver:
 
     @property
     def temperature(self) -> float:
+        """T of the soft removal at the current step."""
         return self.schedule.temperature(self.step_count)
+
+    @property
+    def zeta(self) -> float:
+        """The removal fraction at the current step."""
+        return self.schedule.removal_fraction(self.step_count)
 
     def stats(self) -> list[dict[str, Any]]:
         """Figures of the last update, one dict per layer; waits for the device. Empty before the first update.
@@ -265,7 +271,7 @@ class TopologyEvolver:
                 age += age < MAX_AGE
             results = evolve_many(
                 [layer.weight for _, _, layer in members],
-                zeta=self.schedule.removal_fraction(self.step_count),
+                zeta=self.zeta,
                 temperature=self.temperature,
                 removal=self.removal,
                 regrowth=self.regrowth,

