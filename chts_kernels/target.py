@@ -97,7 +97,6 @@ def capability_report() -> str:
     lines += ["", "operations (auto takes the first that can run)"]
     width = max(map(len, REGISTRY))
     for op in REGISTRY.values():
-        choices = [k.name for k in op.kernels if not k.on_request] + ["reference"]
-        choices += [f"{k.name} on request" for k in op.kernels if k.on_request]
+        choices = [*(k.name for k in op.kernels), "reference"]
         lines.append(f"  {op.name:{width}} {', '.join(choices)}")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 Each op has a *reference* in plain torch, which is its specification and the backend of every device without a kernel, and
 any number of kernels of the same signature. ``impl="auto"`` takes the first registered kernel that supports the
-arguments and is not there on request only, else the reference; naming an implementation that cannot run raises and says why.
+arguments, else the reference; naming an implementation that cannot run raises and says why.
 """
 
 from __future__ import annotations
@@ -21,15 +21,11 @@ REGISTRY: dict[str, Op] = {}
 
 @dataclass(frozen=True)
 class Implementation:
-    """``run`` has the reference's signature; ``why_not`` takes the same arguments and returns None if it can run them.
-
-    ``on_request``: ``impl="auto"`` passes over it. So stand kernels that have not passed ``pytest -m gpu`` as they are.
-    """
+    """``run`` has the reference's signature; ``why_not`` takes the same arguments and returns None if it can run them."""
 
     name: str
     run: Callable[..., Any]
     why_not: Callable[..., str | None]
-    on_request: bool = False
 
 
 class Op:
@@ -65,12 +61,12 @@ class Op:
         REGISTRY[self.name] = self
 
     def kernel(
-        self, name: str, why_not: Callable[..., str | None], *, on_request: bool = False
+        self, name: str, why_not: Callable[..., str | None]
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorator: register an implementation; earlier registrations are preferred by ``impl="auto"``."""
 
         def register(run: Callable[..., Any]) -> Callable[..., Any]:
-            self.kernels.append(Implementation(name, run, why_not, on_request))
+            self.kernels.append(Implementation(name, run, why_not))
             self._chosen.clear()
             return run
 
@@ -90,7 +86,7 @@ class Op:
         if impl == "reference":
             return self._run_reference
         for kernel in self.kernels:
-            if impl == kernel.name or (impl == "auto" and not kernel.on_request):
+            if impl in (kernel.name, "auto"):
                 reason = kernel.why_not(*args)
                 if reason is None:
                     return kernel.run

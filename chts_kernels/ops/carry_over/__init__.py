@@ -49,7 +49,7 @@ def _why_not(tensors: list[torch.Tensor], old_ids: torch.Tensor, new_ids: torch.
     return why_not_in_place(tensors) or why_not(*tensors, old_ids, new_ids)
 
 
-@CARRY_OVER_.kernel("triton", _why_not, on_request=True)
+@CARRY_OVER_.kernel("triton", _why_not)
 def _triton(*args) -> None:
     from . import triton_carry_over
 

@@ -30,10 +30,10 @@ def _why_not_prune_pack(dense, n, score, ids, values, operand, meta, operand_t, 
     return _triton.why_not(dense, **outputs) or _triton.why_not_operands(dense, operand_t)
 
 
-PRUNE.kernel("triton", lambda dense, n, score: _triton.why_not(dense), on_request=True)(
+PRUNE.kernel("triton", lambda dense, n, score: _triton.why_not(dense))(
     _triton.lazy(f"{__name__}.triton_prune", "prune")
 )
-PRUNE_PACK_.kernel("triton", _why_not_prune_pack, on_request=True)(_triton.lazy(f"{__name__}.triton_prune", "prune_pack_"))
+PRUNE_PACK_.kernel("triton", _why_not_prune_pack)(_triton.lazy(f"{__name__}.triton_prune", "prune_pack_"))
 
 
 def prune(dense: torch.Tensor, n: int = 2, score: str = "abs", *, impl: str = "auto") -> torch.Tensor:

@@ -65,7 +65,7 @@ def _why_not(scores: torch.Tensor | None, survivors: torch.Tensor, *_: object) -
     return too_large(survivors) or why_not(scores, survivors)
 
 
-@REGROW.kernel("triton", _why_not, on_request=True)
+@REGROW.kernel("triton", _why_not)
 def _triton(*args) -> torch.Tensor:
     from . import triton_regrow
 

@@ -71,7 +71,7 @@ def _why_not(values: torch.Tensor, ids: torch.Tensor, *_: object) -> str | None:
     return too_large(ids) or why_not(values, ids)
 
 
-@REMOVE.kernel("triton", _why_not, on_request=True)
+@REMOVE.kernel("triton", _why_not)
 def _triton(*args) -> torch.Tensor:
     from . import triton_remove
 

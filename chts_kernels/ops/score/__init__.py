@@ -51,7 +51,7 @@ def _why_not(survivors: torch.Tensor, dtype: torch.dtype) -> str | None:
     return too_large(survivors) or why_not(survivors)
 
 
-@SCORE.kernel("triton", _why_not, on_request=True)
+@SCORE.kernel("triton", _why_not)
 def _triton(*args) -> torch.Tensor:
     from . import triton_score
 
