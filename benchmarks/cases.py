@@ -12,7 +12,7 @@ OPS: dict[str, tuple[str, ...]] = {
     "pack": ("pack", "pack_operands", "pack_operands_shared"),
     "topology": ("remove", "score", "regrow", "carry_over", "update", "update14"),
     "optimizer": ("adam",),
-    "model": ("step",),
+    "model": ("step", "step_mvue"),
     "host": ("forward", "input_grad", "weight_grad", "layer", "pack_operands", "update"),
 }
 """Operations of each suite; the suffix 14 means 1:4. README.md says what each one computes."""
@@ -51,7 +51,7 @@ LINEAR_SETS: dict[str, list[tuple[int, int, int]]] = {
     "quick": [(16384, 1376, 512), (12608, 768, 3072), (8192, 4096, 4096), (8192, 8192, 8192)],
     "tiny": [(48, 32, 64), (33, 36, 20)],
 }
-MATRICES = [(512, 512), (1376, 512), (2048, 2048), (4096, 4096), (11008, 4096)]
+MATRICES = [(4096, 4096), (11008, 4096), (512, 512), (2048, 2048), (1376, 512)]
 """(out, in) of the suites that work on a weight alone."""
 QUICK_MATRICES = [(1376, 512), (4096, 4096)]
 TINY_MATRICES = [(32, 64), (36, 20)]
@@ -61,7 +61,14 @@ HOST_SHAPES = [(64, 512, 512)]
 UPDATE_ALL = "llama-60m"
 """The model all of whose matrices are updated at once in suite topology."""
 
-DEFAULT_SETS = ("S", "L", "llama-130m", "llama-1b", "vit-l", "torchao", "squares", "odd")
+DEFAULT_SETS = ("L", "S", "odd")
+DEFAULT_MODELS = ("llama-60m", "llama-1b", "vit-l")
+"""What a run without ``--shapes`` measures: the figures of record."""
+ODD_OPS = ("forward", "input_grad", "layer")
+"""All that such a run does with the odd shapes."""
+ALL_SETS = ("L", "S", "llama-130m", "llama-1b", "vit-l", "torchao", "squares", "odd")
+COMPILED = ((16384, 1376, 512), (8192, 4096, 4096), "llama-60m")
+"""Where ``torch.compile`` of a layer or model takes part unasked: it costs tens of seconds a case."""
 DTYPES = ("bf16", "fp16", "fp32")
 FIXED_DTYPE = {"topology": "fp32", "optimizer": "fp32", "model": "bf16", "host": "bf16"}
 
@@ -129,10 +136,25 @@ def select(
             for op in dict.fromkeys(ops):
                 if "model" in dict(shape) and suite == "topology" and op != "update":
                     continue
+                if suite == "linear" and not (shapes or quick or op in ODD_OPS) and _is_odd(dict(shape)):
+                    continue
                 cases.update(dict.fromkeys(Case(suite, op, shape, dtype) for dtype in suite_dtypes))
     if not cases:
         raise ValueError(f"shapes: must fit one of the suites {list(wanted)}, got {list(shapes)}")
-    return list(cases)
+    return list(cases) if shapes else sorted(cases, key=_turn)
+
+
+def _turn(case: Case) -> int:
+    """The most wanted figures first, for when time runs out; of equals the order stays."""
+    d = case.dims
+    if case.suite == "linear":
+        turns = {"forward": 0, "input_grad": 0, "weight_grad": 0, "layer": 3, "weight_grad_mvue": 5, "layer_mvue": 5}
+        return 8 if _is_odd(d) else turns[case.op]
+    if case.suite == "topology":
+        return 1 if case.op != "update14" and ("model" in d or (d["out"], d["in"]) in MATRICES[:2]) else 7
+    if case.suite in ("prune", "pack"):
+        return 2 if (d["out"], d["in"]) in MATRICES[:3] else 7
+    return {"host": 4, "optimizer": 4, "model": 7 if case.op == "step_mvue" else 6}[case.suite]
 
 
 @dataclass(frozen=True)
@@ -145,7 +167,7 @@ class _Shapes:
 
 def _parse(text: str) -> _Shapes:
     if text == "all":
-        every = [shape for name in DEFAULT_SETS for shape in LINEAR_SETS[name]]
+        every = [shape for name in ALL_SETS for shape in LINEAR_SETS[name]]
         return _Shapes(every, MATRICES, list(MODELS), [UPDATE_ALL])
     if text == "tiny":
         return _Shapes(LINEAR_SETS["tiny"], TINY_MATRICES, ["llama-tiny", "vit-tiny"], ["llama-tiny"])
@@ -172,7 +194,7 @@ def _shapes(suite: str, parsed: Iterable[_Shapes], quick: bool) -> list[tuple[tu
         return [_named(tokens=t, out=o, **{"in": i}) for t, o, i in HOST_SHAPES]
     if not parsed:
         default = LINEAR_SETS["quick"] if quick else [s for name in DEFAULT_SETS for s in LINEAR_SETS[name]]
-        models = ["llama-60m", "vit-b"] if quick else list(MODELS)
+        models = ["llama-60m", "vit-b"] if quick else list(DEFAULT_MODELS)
         parsed = [_Shapes(default, QUICK_MATRICES if quick else MATRICES, models, [UPDATE_ALL])]
     if suite == "linear":
         return [_named(tokens=t, out=o, **{"in": i}) for p in parsed for t, o, i in p.linear]
@@ -182,6 +204,10 @@ def _shapes(suite: str, parsed: Iterable[_Shapes], quick: bool) -> list[tuple[tu
     if suite == "topology":
         matrices += [_named(model=name) for p in parsed for name in p.updates]
     return matrices
+
+
+def _is_odd(dims: dict[str, Any]) -> bool:
+    return (dims["tokens"], dims["out"], dims["in"]) in LINEAR_SETS["odd"]
 
 
 def _named(**sizes: Any) -> tuple[tuple[str, Any], ...]:

@@ -15,11 +15,12 @@ DESCRIPTION = """\
 Benchmarks of chts against dense cuBLAS, cuSPARSELt, torch's 2:4 path and eager torch, all gated against float64 on the
 tensors that are timed. Results go to benchmarks/results/<gpu>.json after every case; a second run continues there.
 
-  python -m benchmarks                                 everything (about ten minutes on an H100)
+  python -m benchmarks                                 the figures of record (about ten minutes on an H100)
   python -m benchmarks --quick                         a bit of everything in 150 seconds
   python -m benchmarks --suite linear --shapes S,L     the products, with geometric means and targets
   python -m benchmarks --suite topology                updates against Algorithm 1 in eager torch
   python -m benchmarks compare OLD.json NEW.json       regressions
+  python -m benchmarks merge A.json B.json --out C.json   parts of one measurement into one file
   python -m benchmarks report                          tables on screen, in README.md, and plots, from the result files
 """
 QUICK_SECONDS = 150.0
@@ -30,10 +31,10 @@ START = time.perf_counter()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = arguments[0] if arguments and arguments[0] in ("run", "compare", "report") else "run"
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else "run"
     rest = arguments[1:] if arguments and arguments[0] == command else arguments
     try:
-        return {"run": _run, "compare": _compare, "report": _report}[command](rest)
+        return COMMANDS[command](rest)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         extra = '; pip install ".[bench]"' if isinstance(error, ModuleNotFoundError) else ""
         print(f"benchmarks: {error}{extra}", file=sys.stderr)
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="result file (.json) or folder; default benchmarks/results")
     p.add_argument("--fresh", action="store_true", help="start the result file anew")
     p.add_argument("--retry", action="store_true", help="measure the cases again in which something failed")
+    p.add_argument("--jobs", type=int, metavar="N", help="processes that compile kernels ahead (default one a core; 0: none)")
     p.add_argument("--no-plots", action="store_true", help="no PNG files")
     return p
 
@@ -86,6 +88,23 @@ def _compare(arguments: Sequence[str]) -> int:
     for table in tables:
         screen.table(table)
     return 1 if lost else 0
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    p = argparse.ArgumentParser(
+        "python -m benchmarks merge", description="One file from several of one card model, driver and kernels; later rows win."
+    )
+    p.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
+    p.add_argument("--out", required=True, type=Path)
+    options = p.parse_args(arguments)
+    from benchmarks.results import Results
+
+    whole, *others = [Results.load(path) for path in options.files]
+    for other in others:
+        whole.add(other)
+    whole.path = options.out
+    whole.save()
+    return 0
 
 
 def _report(arguments: Sequence[str]) -> int:
@@ -125,3 +144,6 @@ def _report(arguments: Sequence[str]) -> int:
 
 def _list(text: str) -> list[str]:
     return [part for part in text.split(",") if part]
+
+
+COMMANDS = {"run": _run, "compare": _compare, "merge": _merge, "report": _report}

@@ -45,8 +45,8 @@ class Screen:
             self.say(f"  {remark}", "dim")
         self.say("")
 
-    def case(self, done: int, count: int, case: Case, rows: Sequence[Row], seconds: float) -> None:
-        """One line: where we are, the case, our time, our speed-up over each other. A reason is told once."""
+    def case(self, done: int, count: int, case: Case, rows: Sequence[Row], seconds: float, elapsed: float) -> None:
+        """One line: where and when we are, the case, our time, our speed-up over each other. A reason is told once."""
         view = View(Results(rows=list(rows)))
         figure = "eager_ms" if case.suite == "host" else "gpu_ms"
         ours = view.row(case, "chts")
@@ -60,7 +60,8 @@ class Screen:
             else:
                 parts.append(f"{times(view.speedup(case, row.provider, figure))} {title}")
         name = f"{case.suite} {case.op}"
-        self.say(f"[{done:>3}/{count}] {name:<24} {shape_text(case.dims):<17} {case.dtype}  {'  |  '.join(parts)}  ({seconds:.1f} s)")
+        place = f"{elapsed:>5.0f} s [{done:>3}/{count}]"
+        self.say(f"{place} {name:<24} {shape_text(case.dims):<17} {case.dtype}  {'  |  '.join(parts)}  ({seconds:.1f} s)")
         for row in rows:
             reason = f"{PROVIDER_TITLES[row.provider]}: {row.error}"
             if row.error and reason not in self._said:

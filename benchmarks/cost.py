@@ -52,9 +52,18 @@ def least_bytes(case: Case, *, dense_weight: bool = False) -> float | None:
         "score": 4 * ids + weights * 4,
         "regrow": weights * 4 + 4 * ids + ids,
         "carry_over": 3 * 2 * links * 4 + 2 * ids,
-        "adam": 7 * 4 * (weights if dense_weight else links),
+        "adam": 28 * weights if dense_weight else (28 + 2 * 2) * links + ids,  # 2-byte operands both ways
     }
     return table.get(case.op)
+
+
+def touched_bytes(case: Case) -> float | None:
+    """Bytes that one call of a rotation has to itself at least; None where nothing is rotated (host times, models)."""
+    if case.suite in ("host", "model"):
+        return None
+    if case.op.startswith("update") and "out" in case.dims:
+        return 3 * 4 * case.dims["out"] * case.dims["in"] * case.n / 4  # values and two moments
+    return least_bytes(case)
 
 
 def is_large(case: Case) -> bool:

@@ -32,6 +32,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def capability() -> tuple[int, int] | None:
+    """Compute capability of the current device."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+
+
 def gpu_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
@@ -68,9 +73,13 @@ def session(roofs: dict[str, float]) -> dict[str, Any]:
     uuid = None
     if torch.cuda.is_available():
         uuid = str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None))
-    state = {key: value for key, value in smi().items() if key in ("clocks.sm", "power.draw", "temperature.gpu")}
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"started": now, "gpu_uuid": uuid, **state, **roofs}
+    return {"started": now, "gpu_uuid": uuid, **state(), **roofs}
+
+
+def state() -> dict[str, Any]:
+    """Clock (MHz), power (W) and temperature (C) of this moment."""
+    return {key: value for key, value in smi().items() if key in ("clocks.sm", "power.draw", "temperature.gpu")}
 
 
 def l2_bytes() -> int:

@@ -20,6 +20,7 @@ COLOURS = {
     "eager": "#56B4E9",
     "mma_twin": "#E69F00",
     "compile": "#999999",
+    "chts_compile": "#F0E442",
 }
 COLUMNS = 3
 MARKERS = {"forward": "o", "input_grad": "s", "weight_grad": "^", "weight_grad_mvue": "v", "layer": "D", "layer_mvue": "P"}

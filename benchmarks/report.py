@@ -54,6 +54,7 @@ def environment_table(view: View) -> Table:
 
 PARTS = {
     "environment": lambda view: [environment_table(view)],
+    "summary": lambda view: [tables.summary(view)],
     "targets": lambda view: [targets.table(view)],
     "linear": lambda view: [tables.linear(view, op, dtype) for op in OPS["linear"] for dtype in ("bf16", "fp16", "fp32")],
     "prune": lambda view: [tables.bytes_bound(view, "prune")],

@@ -15,6 +15,8 @@ from benchmarks.cases import Case
 RESULTS = Path(__file__).parent / "results"
 ASKED = "asked for by --impl"
 DIED = "the process died while this ran"
+APART = "measured apart"
+"""Note of a row whose provider did not take turns with the others of its case."""
 NOT_OFFERED = "not offered"
 """Note of an error that no second try will change: the provider has no such operation, or not here."""
 IDENTITY = ("gpu", "torch", "triton", "cuda", "driver", "cusparselt", "kernel_hash")
@@ -57,6 +59,18 @@ class Row:
         """(p20, p80) of ``gpu_ms`` as :func:`spread_note` wrote them."""
         found = re.match(r"p20-p80 ([0-9.e-]+) to ([0-9.e-]+) ms", self.note)
         return (float(found[1]), float(found[2])) if found else None
+
+
+    @property
+    def trials(self) -> dict[str, float]:
+        """Ms per call of a provider's variants, as :func:`trials_note` wrote them."""
+        found = re.search(r"(?:^|; )trials ([^;]+)", self.note)
+        pairs = [part.removesuffix(" ms").rsplit(" ", 1) for part in found[1].split(", ")] if found else []
+        return {label: float(ms) for label, ms in pairs}
+
+
+def trials_note(trials: dict[str, float]) -> str:
+    return "trials " + ", ".join(f"{label} {ms:.4g} ms" for label, ms in trials.items())
 
 
 def spread_note(p20: float, p80: float) -> str:
@@ -116,6 +130,18 @@ class Results:
         before = len(self.rows)
         self.rows = [row for row in self.rows if row.error is None or NOT_OFFERED in row.note]
         return before - len(self.rows)
+
+    def add(self, other: Results) -> None:
+        """Take the rows and sessions of another part of the same measurement; where both have a row, the other's stays.
+
+        Raises:
+            ValueError: when it was measured on something else.
+        """
+        reason = self.mismatch(other.environment)
+        if reason:
+            raise ValueError(f"{other.path} was measured on something else than {self.path}: {reason}")
+        self.environment.setdefault("sessions", []).extend(other.environment.get("sessions", []))
+        self.replace(other.rows)
 
     def mismatch(self, environment: dict[str, Any]) -> str | None:
         """Why rows measured in ``environment`` must not join this file, or None."""

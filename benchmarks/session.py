@@ -6,10 +6,9 @@ import argparse
 import time
 from pathlib import Path
 
-from benchmarks import environment, report, supervise
+from benchmarks import environment, precompile, report, supervise
 from benchmarks.cases import Case, select
 from benchmarks.console import Screen
-from benchmarks.cost import is_large
 from benchmarks.measure import FULL, QUICK_EFFORT, Budget, DeviceLost
 from benchmarks.results import ASKED, DIED, Results, Row, resolve_path
 from benchmarks.roofs import measure_roofs
@@ -30,14 +29,15 @@ def run_session(arguments: argparse.Namespace, quick_seconds: float, start: floa
     device = environment.device()
     effort = QUICK_EFFORT if arguments.quick else 1.0
     seconds = arguments.budget or (quick_seconds if arguments.quick else None)
-    budget = Budget(None if seconds is None else max(0.0, seconds - TAIL_S), effort, FULL, start)
+    budget = Budget(None if seconds is None else max(0.0, seconds - TAIL_S), effort, FULL, start, bool(arguments.shapes))
     shapes = arguments.shapes
     if device.type == "cpu" and not shapes:
         screen.say("no CUDA device: tiny shapes through the reference implementations, to try the suite itself")
         shapes = ["tiny"]
         budget = Budget(budget.seconds, 0.05, FULL, start)
     cases = select(arguments.suite, shapes, arguments.dtype, quick=arguments.quick)
-    options = Options(arguments.impl, arguments.provider, quick=arguments.quick)
+    twin = device.type == "cpu" or arguments.impl.startswith("mma") or environment.capability() != (9, 0)
+    options = Options(arguments.impl, arguments.provider, quick=arguments.quick, twin=twin)
 
     results, captured = _open(arguments, screen)
     marker = supervise.Marker()
@@ -47,19 +47,26 @@ def run_session(arguments: argparse.Namespace, quick_seconds: float, start: floa
     screen.say(f"{captured['gpu']}: {len(todo)} cases to measure, {len(cases) - len(todo)} already in {results.path}")
     left: list[Case] = []
     if todo:
+        spent = {"start": time.perf_counter() - start}
+        spent["compile"] = 0.0
+        if not ((options.only and "chts" not in options.only) or supervise.earlier_end()):  # that may have ended the last process
+            spent["compile"] = precompile.precompile(todo, options.impl, precompile.jobs(arguments.jobs), say=screen.say)
+        before = time.perf_counter()
         roofs = measure_roofs(device, 0.3 * effort)
-        results.environment.setdefault("sessions", []).append(environment.session(roofs))
+        spent["roofs"] = time.perf_counter() - before
+        session = environment.session(roofs)
+        results.environment.setdefault("sessions", []).append(session)
         if roofs:
             rates = f"{roofs['copy_bytes_per_s'] / 1e12:.2f} TB/s copied, {roofs['gemm_flop_per_s'] / 1e12:.0f} TFLOP/s dense"
             screen.say(f"roofs of this machine: {rates} ({roofs['gemm_burst_flop_per_s'] / 1e12:.0f} in a burst)")
-        done, before = 0, time.perf_counter()
+        done, count = 0, len(options.jobs(todo, results, split=budget.seconds is not None and not options.quick))
 
-        def finished(case: Case, rows: list[Row]) -> None:
-            nonlocal done, before
+        def finished(case: Case, rows: list[Row], seconds: float) -> None:
+            nonlocal done
             done += 1
-            now = time.perf_counter()
-            screen.case(done, len(todo), case, rows, now - before)
-            before = now
+            spent[case.suite] = spent.get(case.suite, 0.0) + seconds
+            session["seconds"] = {name: round(value, 1) for name, value in spent.items()}
+            screen.case(done, count, case, rows, seconds, time.perf_counter() - start)
 
         try:
             left = run(
@@ -70,11 +77,15 @@ def run_session(arguments: argparse.Namespace, quick_seconds: float, start: floa
             screen.say(f"the device stopped answering: {lost}", "bold red")
             return supervise.LOST
         marker.clear()
+        session["after"] = environment.state()
+        results.save()
+        screen.say("seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in spent.items()))
     _show(results, cases, screen)
     if not arguments.no_plots and results.rows:
         _plots(results, screen)
     if left:
-        seconds = sum(budget.preparation(c.suite) + FULL.seconds(is_large(c), len(options.providers(c))) for c in left)
+        jobs = options.jobs(left, results, split=True)
+        seconds = sum(budget.need(job.work, FULL) for job in jobs)
         screen.say(
             f"{len(left)} cases were left for lack of time (about {seconds:.0f} s at full length); the same command goes on "
             f"with them", "bold yellow",

@@ -17,8 +17,9 @@ MOST_RESTARTS = 8
 LOST = 75
 """Exit status of a worker whose device stopped answering (EX_TEMPFAIL): another process may go on."""
 ABORTED = 134
-HANG_S = 240.0
-"""A worker that has not moved on to another provider or step for so long hangs; compiling a model takes half of it."""
+HANG_S, LEAST_HANG_S = 240.0, 45.0
+"""A worker that has not moved on to another provider or step for so long hangs; compiling a model takes half of it. With a
+budget: a quarter of that, and at least the second figure."""
 LEAST_S = 5.0
 MARKER, EARLIER = "CHTS_BENCHMARK_MARKER", "CHTS_BENCHMARK_EARLIER"
 
@@ -45,6 +46,7 @@ def supervise(arguments: Sequence[str], budget: float | None) -> int:
     exit status is final.
     """
     start = time.perf_counter()
+    hang_s = HANG_S if budget is None else max(LEAST_HANG_S, min(HANG_S, budget / 4))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # let _watch take the worker along
     status, how = 0, ""
     with tempfile.TemporaryDirectory(prefix="chts-benchmark-") as folder:
@@ -58,31 +60,30 @@ def supervise(arguments: Sequence[str], budget: float | None) -> int:
             command = [sys.executable, "-m", "benchmarks", *again]
             if left is not None:
                 command += ["--budget", f"{left:.1f}"]
-            status, how = _watch(command, os.environ | {MARKER: str(marker), EARLIER: how}, marker)
+            status, how = _watch(command, os.environ | {MARKER: str(marker), EARLIER: how}, marker, hang_s)
             if not how:
                 return status
             print(f"benchmarks: the worker {how}; another one goes on", file=sys.stderr, flush=True)
     return status
 
 
-def _watch(command: list[str], environment: dict[str, str], marker: Path, hang_s: float | None = None) -> tuple[int, str]:
+def _watch(command: list[str], environment: dict[str, str], marker: Path, hang_s: float = HANG_S) -> tuple[int, str]:
     """Run a worker to its end: (exit status, how it ended when that was no proper end)."""
-    limit = HANG_S if hang_s is None else hang_s
     worker = subprocess.Popen(command, env=environment)
     moved = time.monotonic()
     seen = None
     try:
         while True:
             try:
-                status = worker.wait(timeout=min(1.0, limit))
+                status = worker.wait(timeout=min(1.0, hang_s))
                 break
             except subprocess.TimeoutExpired:
                 now = marker.stat().st_mtime_ns if marker.exists() else None
                 if now != seen:
                     seen, moved = now, time.monotonic()
-                elif time.monotonic() - moved > limit:
+                elif time.monotonic() - moved > hang_s:
                     worker.kill()
-                    return worker.wait(), f"hung for {limit:.0f} s and was killed"
+                    return worker.wait(), f"hung for {hang_s:.0f} s and was killed"
     except BaseException:  # Ctrl-C reaches the worker too, but a worker in a kernel does not hear it
         worker.kill()
         worker.wait()

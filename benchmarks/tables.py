@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from benchmarks.cases import LINEAR_SETS, OPS, Case, shape_text
-from benchmarks.results import Row
+from benchmarks.results import APART, Row
 from benchmarks.view import PROVIDER_TITLES, Table, View, geomean, mebibytes, milliseconds, percent, times, verdict
 
 OP_TITLES = {
@@ -17,14 +17,33 @@ OP_TITLES = {
     "layer_mvue": "layer with the MVUE dW; competitors exact",
 }
 SETS_WITH_MEANS = ("S", "L")
+SUMMARY_OPS = (
+    ("prune", "prune_pack", "dense to pruned and packed"),
+    ("pack", "pack_operands", "packing after an optimizer step"),
+    ("topology", "update", "topology update, operands included"),
+    ("model", "step", "training step of a stack"),
+)
+SUMMARY_SHAPES = ("4096x4096", "llama-60m")
 
 
-def all_tables(view: View) -> list[Table]:
-    """Every table for which there are rows."""
-    made = [linear(view, op, dtype) for op in OPS["linear"] for dtype in ("bf16", "fp16", "fp32")]
-    made += [bytes_bound(view, "prune"), bytes_bound(view, "pack"), topology(view)]
-    made += [bytes_bound(view, "optimizer"), models(view), host(view)]
-    return [table for table in made if table is not None]
+def summary(view: View) -> Table | None:
+    """The few lines that a reader of the first page wants: geometric means of the products, times of the rest."""
+    others = ("cublas", "cusparselt", "torch24", "eager")
+    table = Table("How many times faster", ["what", "on", "our time", *(f"than {PROVIDER_TITLES[p]}" for p in others)], [])
+    for op in OPS["linear"]:
+        for name in SETS_WITH_MEANS:
+            cases = view.linear_set(name, op)
+            for regime, figure in (("sustained", "gpu_ms"), ("burst", "burst_ms")):
+                means = [geomean(view.speedup(case, other, figure) for case in cases) for other in others]
+                if any(means) and (figure == "gpu_ms" or name == "L"):
+                    words = f"{name}, {len(cases)} shapes" + (f", {regime}" if name == "L" else "")
+                    _add(table, [OP_TITLES[op], words, ""], means)
+    for suite, op, title in SUMMARY_OPS:
+        for case in sorted(view.cases(suite, op), key=_order):
+            if view.ms(case, "chts") and (suite == "model" or shape_text(case.dims) in SUMMARY_SHAPES):
+                ratios = [view.speedup(case, other) for other in others]
+                _add(table, [title, shape_text(case.dims), milliseconds(view.ms(case, "chts"))], ratios)
+    return table if table.rows else None
 
 
 def linear(view: View, op: str, dtype: str) -> Table | None:
@@ -82,22 +101,24 @@ def bytes_bound(view: View, suite: str) -> Table | None:
 
 
 def topology(view: View) -> Table | None:
-    """The update and its parts against eager Algorithm 1, with the memory that each needs."""
+    """The update and its parts against eager Algorithm 1 (the faster precision, and float32), with the memory that each needs."""
     cases = view.cases("topology")
     if not cases:
         return None
-    columns = ["op", "layer", "eager", "chts", "vs eager", "of copy rate", "memory, eager", "memory, chts"]
+    columns = ["op", "layer", "eager", "eager, fp32", "chts", "vs eager", "vs fp32", "of copy rate", "memory, eager", "memory, chts"]
     table = Table("Topology update (float32)", columns, [])
     for case in sorted(cases, key=lambda c: (OPS["topology"].index(c.op), _order(c))):
         eager, ours = view.row(case, "eager"), view.row(case, "chts")
         ratio = view.speedup(case, "eager")
         byte_bound = case.op in ("remove", "regrow", "carry_over")
-        cells = [case.op, shape_text(case.dims), _cell(eager), _cell(ours), times(ratio)]
+        full, mine = eager.trials.get("fp32") if eager else None, view.ms(case, "chts")
+        cells = [case.op, shape_text(case.dims), _cell(eager), milliseconds(full), _cell(ours), times(ratio)]
+        cells.append(times(full / mine if full and mine else None))
         cells.append(percent(view.share_of_copy(case)) if byte_bound else "")
         cells += [mebibytes(row.peak_bytes if row and not row.error else None) for row in (eager, ours)]
         table.rows.append(cells)
         if verdict(ratio):
-            table.emphasis[len(table.rows) - 1, 4] = verdict(ratio)
+            table.emphasis[len(table.rows) - 1, 5] = verdict(ratio)
     table.remarks = _reasons(view, cases)
     return table
 
@@ -108,13 +129,14 @@ def models(view: View) -> Table | None:
     if not cases:
         return None
     shown = _providers(view, cases)
-    against = [p for p in shown if p != "chts"]
+    against = [p for p in shown if not p.startswith("chts")]  # like with like: compiled with compiled
     columns = ["model", *(PROVIDER_TITLES[p] for p in shown), *(f"vs {PROVIDER_TITLES[p]}" for p in against)]
     columns += [f"memory, {PROVIDER_TITLES[p]}" for p in shown]
     table = Table("Training step of a stack of blocks (bf16 autocast, float32 parameters, Adam)", columns, [])
     for case in cases:
-        cells = [shape_text(case.dims), *(_cell(view.row(case, p)) for p in shown)]
-        ratios = [view.speedup(case, p) for p in against]
+        name = shape_text(case.dims) + (", MVUE dW" if case.op == "step_mvue" else "")
+        cells = [name, *(_cell(view.row(case, p)) for p in shown)]
+        ratios = [view.speedup(case, p, ours="chts_compile" if p == "compile" else "chts") for p in against]
         _add(table, cells, ratios)
         rows = [view.row(case, p) for p in shown]
         table.rows[-1] += [mebibytes(r.peak_bytes if r and not r.error else None) for r in rows]
@@ -163,7 +185,10 @@ def _reasons(view: View, cases: Sequence[Case], *, notes: bool = False) -> list[
             where = f"{case.op} {shape_text(case.dims)}"
             if row.error:
                 said.setdefault(f"{PROVIDER_TITLES[provider]}: {row.error}", []).append(where)
-            elif notes:
+                continue
+            if APART in row.note:
+                said.setdefault(f"{PROVIDER_TITLES[provider]}: measured after the others, not in turns with them", []).append(where)
+            if notes:
                 words = [w for w in row.note.split("; ") if w and not _is_measurement(w)]
                 if words:
                     said.setdefault(f"{PROVIDER_TITLES[provider]}: {'; '.join(words)}", []).append(where)
@@ -171,7 +196,7 @@ def _reasons(view: View, cases: Sequence[Case], *, notes: bool = False) -> list[
 
 
 def _is_measurement(words: str) -> bool:
-    return words.startswith(("p20-p80", "sustained ", "trials ", "best of ")) or words.endswith("GHz")
+    return words.startswith(("p20-p80", "sustained ", "trials ", "best of ", "inputs ", APART)) or words.endswith("GHz")
 
 
 def _some(places: list[str]) -> str:

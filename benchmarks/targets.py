@@ -1,4 +1,5 @@
-"""What the project promised itself, next to what was measured: products (issue 3) and topology updates (issue 4)."""
+"""What the project promised itself, next to what was measured: products (issue 3), topology updates (issue 4), and the
+optimizer and training steps (issue 7)."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ class Target:
 
 def targets(view: View) -> list[Target]:
     """All targets that speak of something this suite measures."""
-    return [*_products(view), *_bytes(view), *_host(view), *_topology(view)]
+    return [*_products(view), *_bytes(view), *_host(view), *_topology(view), *_optimizer(view), *_models(view)]
 
 
 def table(view: View) -> Table | None:
@@ -120,6 +121,31 @@ def _topology(view: View) -> list[Target]:
     return found
 
 
+def _optimizer(view: View) -> list[Target]:
+    cases = [c for c in view.cases("optimizer", "adam") if _side(c) >= 4096]
+    shares = {c: _percent(view.share_of_copy(c)) for c in cases}
+    times = {c: _inverse(view.speedup(c, "eager")) for c in cases}
+    return [
+        _worst("optimizer and operands, of the copy rate", 70, " %", shares),
+        _worst("their time over torch's fused AdamW on the dense weight", 0.6, "x", times, least=False),
+    ]
+
+
+def _models(view: View) -> list[Target]:
+    """Against the compiled dense model where that was measured, else against the eager one; ours in the same way."""
+    found = []
+    for op, name, goal in (
+        ("step", "llama-1b", 1.15), ("step", "vit-l", 1.15), ("step_mvue", "llama-1b", 1.25), ("step_mvue", "vit-l", 1.25),
+        ("step", "llama-60m", 1.0),
+    ):  # fmt: skip
+        case = next((c for c in view.cases("model", op) if c.dims["model"] == name), None)
+        compiled = view.speedup(case, "compile", ours="chts_compile") if case else None
+        ratio = compiled if compiled is not None or case is None else view.speedup(case, "cublas")
+        what = f"{'training step' if op == 'step' else 'training step with MVUE dW'}, {name}, over dense"
+        found.append(Target(what, goal, "x", ratio, True, "compiled" if compiled is not None else "eager" if ratio else ""))
+    return found
+
+
 def _mean(
     view: View, what: str, goal: float, cases: Sequence[Case], other: str, figure: str = "gpu_ms"
 ) -> Target:
@@ -145,6 +171,10 @@ def _extra_memory(view: View, case: Case) -> float | None:
     shape = {"forward": ("tokens", "out"), "input_grad": ("tokens", "in"), "weight_grad": ("out", "in")}[case.op]
     size = d[shape[0]] * d[shape[1]] * ITEM[case.dtype] / (2 if case.op == "weight_grad" else 1)
     return None if not peak else peak / (-(-size // 512) * 512)
+
+
+def _inverse(ratio: float | None) -> float | None:
+    return 1 / ratio if ratio else None
 
 
 def _side(case: Case) -> int:

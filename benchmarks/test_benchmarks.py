@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks import environment, providers
 from benchmarks.cases import Case, select
+from benchmarks.runner import Options, prepare
 
 pytest.importorskip("pytest_benchmark")
 
@@ -27,7 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     shapes = chosen("--shapes") or ([] if environment.device().type == "cuda" else ["tiny"])
     cases = select(chosen("--suite"), shapes, chosen("--dtype"), quick=True)
-    pairs = [(case, provider) for case in cases for provider in providers.names(case)]
+    pairs = [(case, provider) for case in cases for provider in Options().providers(case)]
     metafunc.parametrize(("case", "provider"), pairs, ids=[f"{case.id}-{provider}" for case, provider in pairs])
 
 
@@ -39,7 +40,6 @@ def _problem(case: Case):
 
 
 def test_case(benchmark, request: pytest.FixtureRequest, case: Case, provider: str) -> None:
-    from benchmarks.runner import prepare
     from benchmarks.timing import timer
 
     benchmark.group = case.id

@@ -18,6 +18,7 @@ PROVIDER_TITLES = {
     "eager": "eager",
     "mma_twin": "mma twin",
     "compile": "compile",
+    "chts_compile": "chts compiled",
 }
 
 

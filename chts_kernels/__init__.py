@@ -3,6 +3,7 @@
 from ._version import __version__
 from .evolve import Evolution, evolve, evolve_many
 from .format import Operands, SparseWeight, random_ids
+from .ops.adamw import adamw_
 from .ops.carry_over import carry_over_
 from .ops.pack import pack, pack_operands_, unpack
 from .ops.prune import prune
@@ -10,16 +11,18 @@ from .ops.regrow import regrow
 from .ops.remove import remove
 from .ops.score import score
 from .ops.spmm import input_grad, spmm
-from .ops.weight_grad import weight_grad
+from .ops.weight_grad import Mvue24, weight_grad, weight_grad_mvue
 from .patterns import PatternTable, pattern_table
 from .target import capability_report
 
 __all__ = [
     "Evolution",
+    "Mvue24",
     "Operands",
     "PatternTable",
     "SparseWeight",
     "__version__",
+    "adamw_",
     "capability_report",
     "carry_over_",
     "evolve",
@@ -36,4 +39,5 @@ __all__ = [
     "spmm",
     "unpack",
     "weight_grad",
+    "weight_grad_mvue",
 ]

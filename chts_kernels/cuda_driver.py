@@ -14,7 +14,9 @@ from ctypes import POINTER, addressof, byref, c_char_p, c_int, c_uint, c_uint32,
 
 _MAX_DYNAMIC_SHARED = 8             # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _CLUSTER_DIMENSION = 4              # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_PROGRAMMATIC_SERIALIZATION = 6     # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _INVALID_CONTEXT = 201              # CUDA_ERROR_INVALID_CONTEXT: a thread that has not used the device yet
+_CAPTURE_ACTIVE = 1                 # CU_STREAM_CAPTURE_STATUS_ACTIVE
 _UINT16 = 1                         # CU_TENSOR_MAP_DATA_TYPE_UINT16: TMA moves 16-bit values unchanged, whatever they mean
 _PROMOTION = {0: 0, 64: 1, 128: 2, 256: 3}
 _SWIZZLE = {0: 0, 32: 1, 64: 2, 128: 3}
@@ -42,6 +44,7 @@ def _driver() -> ctypes.CDLL:
     lib.cuDevicePrimaryCtxRetain.argtypes = [POINTER(c_void_p), c_int]
     lib.cuCtxGetCurrent.argtypes = [POINTER(c_void_p)]
     lib.cuCtxSetCurrent.argtypes = [c_void_p]
+    lib.cuStreamGetCaptureInfo_v2.argtypes = [c_void_p, POINTER(c_int), POINTER(c_uint64), c_void_p, c_void_p, c_void_p]
     lib.cuTensorMapEncodeTiled.argtypes = [c_void_p, c_int, c_uint32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p,
                                            c_int, c_int, c_int, c_int]
     return lib
@@ -60,6 +63,18 @@ def _primary_context(device: int) -> int:
     _check(lib.cuDeviceGet(byref(handle), device), f"cuDeviceGet({device})")
     _check(lib.cuDevicePrimaryCtxRetain(byref(context), handle), "cuDevicePrimaryCtxRetain")
     return context.value
+
+
+def capture_id(stream: int) -> int | None:
+    """What tells the CUDA-graph capture under way on a raw stream from every other one of the process; None when there is none.
+
+    Raises:
+        RuntimeError: when the driver refuses the question (the capture was invalidated).
+    """
+    status, identifier = c_int(), c_uint64()
+    code = _driver().cuStreamGetCaptureInfo_v2(stream, byref(status), byref(identifier), None, None, None)
+    _check(code, "cuStreamGetCaptureInfo")
+    return identifier.value if status.value == _CAPTURE_ACTIVE else None
 
 
 class TensorMap:
@@ -138,9 +153,16 @@ class Launch(threading.local):
 
     Set what changes in `pointers[i]` (parameter i is a tensor map: `TensorMap.address`) and `values[i]` (an integer or a device
     address), then `run(stream)`.
+
+    Args:
+        kernel: what to launch.
+        grid: its number of blocks.
+        fixed: (index, value) of parameters that stay.
+        overlap: blocks may start while the kernel ahead on the stream is still running; the kernel waits for it itself
+            (PTX `griddepcontrol.wait`) before it touches memory.
     """
 
-    def __init__(self, kernel: Kernel, grid: int, fixed: tuple[tuple[int, int], ...]) -> None:
+    def __init__(self, kernel: Kernel, grid: int, fixed: tuple[tuple[int, int], ...], overlap: bool = False) -> None:
         count = len(kernel.kinds)
         self.kernel, self._run = kernel, _driver().cuLaunchKernelEx
         self.values = (c_uint64 * count)()                      # scalars and pointers live here; unset ones are zero
@@ -148,9 +170,12 @@ class Launch(threading.local):
         self.pointers = (c_void_p * count)(*[base + 8 * i for i in range(count)])
         for index, value in fixed:
             self.values[index] = value
-        self._attribute = _Attribute(_CLUSTER_DIMENSION, 0, (c_uint * 16)(kernel.cluster, 1, 1))
+        attributes = [_Attribute(_CLUSTER_DIMENSION, 0, (c_uint * 16)(kernel.cluster, 1, 1))] if kernel.cluster > 1 else []
+        if overlap:
+            attributes.append(_Attribute(_PROGRAMMATIC_SERIALIZATION, 0, (c_uint * 16)(1)))
+        self._attributes = (_Attribute * len(attributes))(*attributes)
         self.config = _LaunchConfig((c_uint * 3)(grid, 1, 1), (c_uint * 3)(kernel.threads, 1, 1), kernel.shared, None,
-                                    ctypes.pointer(self._attribute), 1 if kernel.cluster > 1 else 0)
+                                    ctypes.cast(self._attributes, POINTER(_Attribute)), len(attributes))
         self._arguments = (addressof(self.config), kernel.function, addressof(self.pointers), None)
 
     def run(self, stream: int) -> None:
@@ -161,8 +186,41 @@ class Launch(threading.local):
         """
         self.config.stream = stream
         code = self._run(*self._arguments)
+        if code:
+            self._again(code, self._arguments)
+
+    def _again(self, code: int, arguments: tuple) -> None:
+        """After a refused launch: once more in the context that the thread lacked, else the error."""
         if code == _INVALID_CONTEXT:
             _check(_driver().cuCtxSetCurrent(self.kernel.context), "cuCtxSetCurrent")
-            code = self._run(*self._arguments)
+            code = self._run(*arguments)
         if code:
             _check(code, f"cuLaunchKernelEx({self.config.grid[0]} blocks of {self.kernel.threads} threads)")
+
+    def frozen(self, stream: int, *keep: object) -> FrozenLaunch:
+        """A copy of this launch as it stands, for a raw stream. `keep`: what its arguments point to (tensor maps)."""
+        return FrozenLaunch(self, stream, keep)
+
+
+class FrozenLaunch:
+    """A launch whose arguments no longer change: threads may share it, and a call sets nothing."""
+
+    __slots__ = ("_again", "_arguments", "_keep", "_run")
+
+    def __init__(self, launch: Launch, stream: int, keep: tuple) -> None:
+        count = len(launch.kernel.kinds)
+        values = (c_uint64 * count)(*launch.values)
+        old, new = addressof(launch.values), addressof(values)
+        moved = [new + at - old if old <= at < old + 8 * count else at for at in launch.pointers]
+        pointers = (c_void_p * count)(*moved)
+        config = _LaunchConfig.from_buffer_copy(launch.config)
+        config.stream = stream
+        self._run, self._again = launch._run, launch._again
+        self._arguments = addressof(config), launch.kernel.function, addressof(pointers), None
+        self._keep = values, pointers, config, launch.config, keep     # the old configuration holds the attributes
+
+    def run(self) -> None:
+        """Enqueue, as :meth:`Launch.run` does."""
+        code = self._run(*self._arguments)
+        if code:
+            self._again(code, self._arguments)

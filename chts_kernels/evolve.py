@@ -54,6 +54,7 @@ def evolve(
     """Update the topology of ``w`` in place and let values and moments follow their links.
 
     A function of (ids, values, seed, layer, step) alone: the same on every rank, and again when replayed.
+    Operands of ``w`` that are up to date (:meth:`SparseWeight.operands`) stay so where the fused kernels run; else the next use packs.
 
     Args:
         w: changed in place: ``w.ids`` and ``w.values``.

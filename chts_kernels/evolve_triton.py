@@ -8,12 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .format import SparseWeight
+from .format import Operands, SparseWeight
 from .ops._batch import BatchKernel, compile_all, on_device, recording, table
 from .ops.carry_over.triton_carry_over import bits
+from .ops.pack import _why_not_pack_operands as why_not_pack
 from .ops.regrow.triton_regrow import regrow_many
 from .ops.remove.triton_remove import block_masks, remove_many
-from .ops.score.triton_score import Raw, digits_for, raw_score, score_raw, weight_range, workspace_bytes
+from .ops.score.triton_score import Raw, digits_for, mirrored, raw_score, score_raw, weight_range, workspace_bytes
 from .patterns import pattern_table
 
 WORKSPACE_BYTES = 192 << 20
@@ -96,12 +97,18 @@ def evolve_batch(
     stats: bool,
     schedule: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor] | None]:
-    """(old ids [B, ..], survivors [B, ..], stats with [B] tensors) of layers of one shape; ids, values, moments in place."""
+    """(old ids [B, ..], survivors [B, ..], stats with [B] tensors) of layers of one shape; ids, values, moments in place, and the
+    operands of those weights whose operands are up to date."""
     arguments = weights, layers, moments
     options = zeta, temperature, removal, regrowth, seed, step, stats, schedule
     first = weights[0]
     sizes = tuple(bits(m) for m in moments[0])
+    refresh = [_to_refresh(w) for w in weights]
+    dtype = next((o.values_t.dtype for o in refresh if o is not None), None)
+    refresh = [o if o is not None and o.values_t.dtype == dtype else None for o in refresh]
+    options += (refresh if any(refresh) else None,)
     kind = first.device, first.n, first.dtype, sizes, removal, regrowth, stats, schedule is None, digits_for(*first.shape)
+    kind += (dtype if any(refresh) else None, mirrored(*first.shape, digits_for(*first.shape)))
     with on_device(first.ids):
         if first.ids.is_cuda and kind not in _compiled:
             with recording() as requests:
@@ -112,7 +119,19 @@ def evolve_batch(
     for w, of_weight in zip(weights, moments, strict=True):
         for tensor in (w.ids, w.values, *of_weight):
             torch.autograd.graph.increment_version(tensor)
+    for w, operands in zip(weights, refresh, strict=True):
+        if operands is not None:
+            operands.mark(w.values, w.ids)
     return result
+
+
+def _to_refresh(w: SparseWeight) -> Operands | None:
+    """The weight's operands if they are up to date and such as the kernel of a whole packing would write."""
+    o = w._operands
+    if not o.fresh(w.values, w.ids):
+        return None
+    operand = None if o.shares(w.values) else o.values
+    return o if why_not_pack(w.values, w.ids, w.n, operand, o.meta, o.values_t, o.meta_t) is None else None
 
 
 def _launch(
@@ -127,11 +146,18 @@ def _launch(
     step: int,
     stats: bool,
     schedule: torch.Tensor | None,
+    refresh: Sequence[Operands | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor] | None]:
     n, device = weights[0].n, weights[0].device
     values, ids = [w.values.detach() for w in weights], [w.ids for w in weights]
     rows = [[v.data_ptr() for v in values], [i.data_ptr() for i in ids], list(layers)]
     rows += [[m[index].data_ptr() for m in moments] for index in range(len(moments[0]))]
+    following = None
+    if refresh is not None:
+        own = [o and (None if o.shares(v) else o.values, o.meta, o.values_t, o.meta_t) for o, v in zip(refresh, values, strict=True)]
+        dtype = next(o.values_t.dtype for o in refresh if o is not None)
+        following = values[0].dtype, dtype, len(rows)
+        rows += [[0 if o is None or o[index] is None else o[index].data_ptr() for o in own] for index in range(4)]
     pointers = table(rows, device)
     survivors = remove_many(
         values, ids, n, zeta, temperature, removal, seed, layers, step, schedule=schedule, pointers=pointers
@@ -140,6 +166,7 @@ def _launch(
     old_ids, counters = regrow_many(
         scores, survivors, n, regrowth, seed, pointers, step,
         sizes=[bits(values[0]), *(bits(m) for m in moments[0])], in_place=True, stats=stats, schedule=schedule,
+        refresh=following,
     )  # fmt: skip
     if not stats:
         return old_ids, survivors, None

@@ -168,6 +168,18 @@ class Operands:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.values, self.meta, self.values_t, self.meta_t) if t is not None)
 
+    def fresh(self, values: torch.Tensor, ids: torch.Tensor) -> bool:
+        """Whether the operands are those of ``values`` and ``ids`` as they are now."""
+        return self.meta is not None and self._freshness.holds((values, ids), self.values_t.dtype)
+
+    def mark(self, values: torch.Tensor, ids: torch.Tensor) -> None:
+        """Whoever just changed ``values`` or ``ids`` brought the operands up to date, too."""
+        self._freshness.mark((values, ids), self.values_t.dtype)
+
+    def shares(self, values: torch.Tensor) -> bool:
+        """Whether ``values`` are themselves the operand."""
+        return self._shared and self.values.data_ptr() == values.data_ptr()
+
     def refresh(self, values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype) -> None:
         """Pack again if ``values``, ``ids`` or ``dtype`` are not those of the last time."""
         if self._freshness.holds((values, ids), dtype):

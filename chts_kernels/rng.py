@@ -31,6 +31,7 @@ class Purpose(enum.IntEnum):
     REGROW = 1
     INIT = 2
     MVUE = 3
+    ROUND = 4
 
 
 def philox(counter: tuple[torch.Tensor | int, ...], key: tuple[int, int]) -> tuple[torch.Tensor, ...]:

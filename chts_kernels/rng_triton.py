@@ -14,6 +14,7 @@ from . import rng
 
 REMOVE = tl.constexpr(int(rng.Purpose.REMOVE))
 REGROW = tl.constexpr(int(rng.Purpose.REGROW))
+ROUND = tl.constexpr(int(rng.Purpose.ROUND))
 _M0, _M1 = (tl.constexpr(m) for m in rng._MULTIPLIERS)
 _W0, _W1 = (tl.constexpr(w) for w in rng._WEYL)
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8 = (tl.constexpr(c) for c in rng.LOG_COEFFICIENTS)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
+import logging
 import platform
 from importlib import metadata
 
 import torch
 
+logger = logging.getLogger("chts_kernels")
+
 # Kernel family: lowest and highest compute capability, and what it computes in. One name for all passes of a family.
 KERNELS: dict[str, tuple[tuple[int, int], tuple[int, int] | None, str]] = {
     "wgmma_sp": ((9, 0), (9, 0), "Hopper tensor cores, sparse and dense: bfloat16, float16"),
+    "mma_sp": ((8, 0), None, "Ampere and later tensor cores, sparse and dense: bfloat16, float16"),
     "triton": ((8, 0), None, "packing, pruning and topology: bfloat16, float16, float32"),
 }
 
@@ -52,8 +56,14 @@ def why_not_kernel(name: str, device: torch.device) -> str | None:
 
 @functools.cache
 def has_sparse_tensor_core_kernel(index: int) -> bool:
-    """Whether a kernel of this package drives the sparse tensor cores of CUDA device ``index``."""
-    return why_not_kernel("wgmma_sp", torch.device("cuda", index)) is None
+    """Whether a kernel of this package drives the sparse tensor cores of CUDA device ``index``. Where none does, one line of the log
+    says so: products then run on the reference."""
+    device = torch.device("cuda", index)
+    reasons = {name: why_not_kernel(name, device) for name in ("wgmma_sp", "mma_sp")}
+    if None in reasons.values():
+        return True
+    logger.warning("%s: sparse products run densely, on the reference, because of mma_sp: %s", device, reasons["mma_sp"])
+    return False
 
 
 def _package_version(name: str) -> str:

@@ -2,12 +2,14 @@
 
 from chts_kernels import __version__
 
+from .adamw import FusedAdamW
 from .baselines import STELinear, attach_srste_decay
 from .linear import SparseLinear, SparsifyRecord, SparsityConfig, densify_, sparse_layers, sparsify_
 from .methods import METHODS, Method, attach_method, get_method
 from .topology import TopologyEvolver, TopologySchedule
 
 __all__ = [
+    "FusedAdamW",
     "METHODS",
     "Method",
     "STELinear",

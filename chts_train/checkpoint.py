@@ -35,6 +35,7 @@ from torch import nn
 from chts_kernels.patterns import pattern_table
 
 from .checkpoint_rules import CheckpointError, check_fit, check_layers, check_optimizer, sparse_layers
+from .distributed import laid_out_like, whole_tree
 from .storage import (
     fsync_file,
     join_tree,
@@ -100,8 +101,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer | None = None,
     parts: Mapping[str, Stateful] | None = None,
     keep: int = 2,
+    write: bool = True,
 ) -> Path:
     """Write a checkpoint of ``run`` and make it the latest one.
+
+    Tensors sharded over ranks (DTensors of ``fully_shard``) are gathered one at a time and stored whole: the checkpoint is that
+    of a single process and is resumed on any number of them. Every rank must call this, all but one with ``write=False``.
 
     Args:
         run: the run folder (made when missing).
@@ -111,9 +116,10 @@ def save_checkpoint(
         optimizer: its ``state_dict()`` is stored, moments as tensors.
         parts: further state by name (scheduler, data, evolver).
         keep: complete checkpoints to leave in the folder, at least 1.
+        write: False: take part in gathering sharded tensors, write nothing.
 
     Returns:
-        The checkpoint's folder.
+        The checkpoint's folder; with ``write=False`` the folder of all of them.
 
     Raises:
         ValueError: ``keep`` or ``step`` out of range.
@@ -124,25 +130,27 @@ def save_checkpoint(
     if step < 0:
         raise ValueError(f"step: must be at least 0, got {step}")
     folder = Path(run) / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    _clean(folder)
-
-    tensors: dict[str, torch.Tensor] = {}
-    training = split_tree(
+    weights = whole_tree(model.state_dict())
+    state = whole_tree(
         {
             "optimizer": optimizer.state_dict() if optimizer is not None else None,
             "parts": {name: part.state_dict() for name, part in (parts or {}).items()},
             "rng": rng_state(),
-        },
-        tensors,
-        "training",
+        }
     )
+    if not write:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    _clean(folder)
+
+    tensors: dict[str, torch.Tensor] = {}
+    training = split_tree(state, tensors, "training")
     layers = sparse_layers(model)
     used = sorted({layer["n"] for layer in layers.values()})
     temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".tmp-"))
     try:
         aliases = {
-            MODEL: save_tensors(temporary / MODEL, model.state_dict()),
+            MODEL: save_tensors(temporary / MODEL, weights),
             TRAINING: save_tensors(temporary / TRAINING, tensors),
         }
         header = {
@@ -268,7 +276,8 @@ def restore(
 
     Args:
         checkpoint: from :func:`read_checkpoint`, with ``training=True`` for the arguments below.
-        model, optimizer, parts: built as they were when it was saved; ``parts`` by the same names.
+        model, optimizer, parts: built as they were when it was saved; ``parts`` by the same names. They may be sharded
+            (``fully_shard``), over any number of ranks: each takes its rows.
         rng: also put back torch's generators.
 
     Raises:
@@ -294,11 +303,27 @@ def restore(
             parts[name].load_state_dict(before[name])
         rule = f'hold a fitting state of "{done[-1]}"'
         raise CheckpointError(checkpoint.path / HEADER, rule, error) from error
-    model.load_state_dict(checkpoint.model)
+    here = model.state_dict()
+    model.load_state_dict({name: laid_out_like(tensor, here[name]) for name, tensor in checkpoint.model.items()})
     if optimizer is not None:
-        optimizer.load_state_dict(state)
+        optimizer.load_state_dict(_laid_out(state, optimizer))
     if rng:
         set_rng_state(checkpoint.training["rng"])
+
+
+def _laid_out(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state whose tensors are laid out as the parameters that ``optimizer`` has."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    order = [index for group in state["param_groups"] for index in group["params"]]
+    own = {
+        index: {
+            key: laid_out_like(value, parameter) if isinstance(value, torch.Tensor) and value.dim() else value
+            for key, value in state["state"][index].items()
+        }
+        for index, parameter in zip(order, parameters, strict=True)
+        if index in state["state"]
+    }
+    return {**state, "state": own}
 
 
 def _read_tensors(folder: Path, name: str, header: dict[str, Any]) -> dict[str, torch.Tensor]:

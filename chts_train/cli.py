@@ -15,6 +15,7 @@ from . import __version__
 from .configs import PRESETS
 from .methods import METHODS
 from .optim import OPTIMIZERS
+from .parallel import PARALLEL, leave_at_once, rank_from_environment
 
 ERROR = 2
 DEBUG = "CHTS_DEBUG"
@@ -36,6 +37,7 @@ examples:
   chts pretrain --preset vit-tiny --data digits             images
   chts pretrain --set model.hidden_size=192 --set data.val_fraction=0.1
   chts pretrain --resume runs/tiny-chts24-s0                go on after Ctrl-C, a crash or kill -9
+  torchrun --nproc-per-node 8 -m chts_train pretrain --preset 1b --parallel fsdp      several GPUs
 
 a run folder holds:
   config.json, metrics.jsonl (loss, perplexity, turnover, ...), updates.jsonl (every topology update, layer by layer),
@@ -62,6 +64,7 @@ EXPORT_HELP = """\
 examples:
   chts export runs/tiny-chts24-s0                           to runs/tiny-chts24-s0/export
   chts export runs/tiny-chts24-s0 --out model --dtype bfloat16
+  chts export runs/tiny-chts24-s0 --packed                  compressed: chts_train.packed.load_packed reads it
 
 A Llama then loads with transformers.AutoModelForCausalLM.from_pretrained("model").
 """
@@ -76,6 +79,7 @@ INFO_HELP = """\
 examples:
   chts info                                                 devices, versions, kernels
   chts info runs/tiny-chts24-s0                             what is in a run folder or checkpoint
+  chts info 1b                                              memory that training a preset takes, dense and sparse
 """
 
 
@@ -88,6 +92,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
 
     def error(self, message: str) -> NoReturn:
+        if rank_from_environment():  # the first process says it for all
+            self.exit(ERROR)
         self.exit(ERROR, f"{self.prog}: error: {' '.join(message.split())} (help: {self.prog} --help)\n")
 
 
@@ -124,6 +130,7 @@ def make_parser() -> Parser:
     export.add_argument("run", metavar="RUN", help="run folder (its latest checkpoint) or checkpoint folder")
     export.add_argument("--out", metavar="FOLDER", help="folder to write (default: RUN/export)")
     export.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as trained)")
+    export.add_argument("--packed", action="store_true", help="write pattern ids and values instead of dense weights")
     export.add_argument("--force", action="store_true", help="replace an earlier export")
 
     plot = command("plot", "draw one run, or several over each other", PLOT_HELP)
@@ -133,7 +140,7 @@ def make_parser() -> Parser:
     )
 
     info = command("info", "show what a run or checkpoint holds, or what this machine can do", INFO_HELP)
-    info.add_argument("run", nargs="?", metavar="RUN", help="run folder or checkpoint folder; without it: the machine")
+    info.add_argument("run", nargs="?", metavar="RUN", help="run folder, checkpoint folder or preset; without it: the machine")
     return parser
 
 
@@ -186,6 +193,8 @@ def add_training(parser: Parser) -> None:
                          "(default: as evaluations)")  # fmt: skip
     outputs.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints to keep (default: 2)")
     outputs.add_argument("--quiet", action="store_true", help="no progress")
+    outputs.add_argument("--parallel", default="auto", choices=PARALLEL, metavar="P", help="of the processes that torchrun "
+                         "started: ddp, fsdp, or auto: ddp (any number of them computes the same run)")  # fmt: skip
 
 
 def add_machine(parser: argparse._ActionsContainer) -> None:
@@ -236,7 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from . import commands
 
     try:
-        return getattr(commands, options.command)(options)
+        code = getattr(commands, options.command)(options)
+        if arguments is None:
+            leave_at_once(code)
+        return code
     except KeyboardInterrupt:
         print(f"chts {options.command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -246,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
-        print(f"chts {options.command}: error: {one_line(error)}", file=sys.stderr)
+        rank = rank_from_environment()
+        who = f"chts {options.command}" + f" (process {rank})" * (rank > 0)
+        print(f"{who}: error: {one_line(error)}", file=sys.stderr)
         return ERROR
 
 

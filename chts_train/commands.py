@@ -13,10 +13,12 @@ import torch
 
 from .checkpoint import find_checkpoint, read_checkpoint
 from .cli_config import check_resume, configure, data_spec
-from .configs import preset
+from .configs import PRESETS, preset
 from .export import export_run
 from .loading import load_dense, load_run, run_config
+from .memory import preset_memory
 from .metrics import METRICS, read_metrics
+from .parallel import joined
 from .plots import plot_runs
 from .progress import count
 from .report import contents, describe, next_steps, spell, verdict
@@ -30,26 +32,28 @@ from .trainer import Trainer
 def pretrain(options: argparse.Namespace) -> int:
     """``chts pretrain``"""
     settings = _settings(options)
-    if options.resume is not None:
-        check_resume(options)
-        if options.out is None:
-            return _train(Trainer.resume(options.resume, settings))
-        with starting_run("", options.out) as run:
-            trainer = Trainer.resume(options.resume, settings, run=run)
+    with joined(options.device):
+        if options.resume is not None:
+            check_resume(options)
+            if options.out is None:
+                return _train(Trainer.resume(options.resume, settings))
+            with starting_run("", options.out) as run:
+                trainer = Trainer.resume(options.resume, settings, run=run)
+            return _train(trainer)
+        config = configure(options, preset(options.preset or "tiny"))
+        with starting_run(f"{config.name}-{config.method}-s{config.seed}", options.out) as run:
+            trainer = Trainer(config, run, settings)
         return _train(trainer)
-    config = configure(options, preset(options.preset or "tiny"))
-    with starting_run(f"{config.name}-{config.method}-s{config.seed}", options.out) as run:
-        trainer = Trainer(config, run, settings)
-    return _train(trainer)
 
 
 def retrain(options: argparse.Namespace) -> int:
     """``chts retrain``"""
     settings = _settings(options)
     base = preset(options.preset) if options.preset is not None else None
-    weights, dense, origin = load_dense(options.dense, base)
-    config = configure(options, retrain_config(dense))
-    return _train(start_retraining(weights, config, origin, out=options.out, settings=settings))
+    with joined(options.device):
+        weights, dense, origin = load_dense(options.dense, base)
+        config = configure(options, retrain_config(dense))
+        return _train(start_retraining(weights, config, origin, out=options.out, settings=settings))
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -60,6 +64,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         save_interval=options.save_interval,
         keep=options.keep,
         quiet=options.quiet,
+        parallel=options.parallel,
     )
 
 
@@ -72,6 +77,8 @@ def _threads(options: argparse.Namespace) -> None:
 
 def _train(trainer: Trainer) -> int:
     """Train, and say what happened and what can be done next."""
+    if not trainer.processes.main:
+        return trainer.train().exit_code
     print("\n".join(describe(trainer)), flush=True)
     outcome = trainer.train()
     run = trainer.run
@@ -122,7 +129,7 @@ def eval(options: argparse.Namespace) -> int:  # noqa: A001 - the command's name
 def export(options: argparse.Namespace) -> int:
     """``chts export``"""
     out = Path(options.out) if options.out is not None else _home(find_checkpoint(options.run)) / "export"
-    done = export_run(options.run, out, dtype=options.dtype, force=options.force)
+    done = export_run(options.run, out, dtype=options.dtype, packed=options.packed, force=options.force)
     for file in done.files:
         print(f"{file}  {count(size_of(file))}B")
     print(f"{done.parameters:,} parameters, {done.zeros:,} of them zero")
@@ -144,6 +151,9 @@ def info(options: argparse.Namespace) -> int:
         from chts_kernels import capability_report
 
         print(capability_report())
+        return 0
+    if options.run in PRESETS and not Path(options.run).exists():
+        print(preset_memory(options.run))
         return 0
     checkpoint = read_checkpoint(options.run)
     config = run_config(checkpoint)

@@ -66,6 +66,7 @@ class RunConfig:
     optimizer, betas, eps, weight_decay: "adam", "adamw" or "sgd".
     precision: "fp32", "bf16" (autocast over fp32 masters), or "auto": bf16 on a GPU that has it, else fp32.
     impl: implementation of the sparse layers: "auto", "reference" or a kernel's name (``chts info`` lists them).
+    weight_grad: of the sparse layers: "exact", or "mvue24", an unbiased random estimate on sparse tensor cores.
     seed: initial weights, batches and topology.
     eval_interval: steps between evaluations. eval_tokens: targets (images: images) of one evaluation, None for all.
     zeta, zeta_end, interval, t_start, t_end, stop_fraction, lr_ramp_steps: of the TopologySchedule; only for methods that evolve.
@@ -96,6 +97,7 @@ class RunConfig:
 
     precision: str = "auto"
     impl: str = "auto"
+    weight_grad: str = "exact"
     seed: int = 0
     eval_interval: int = 500
     eval_tokens: int | None = None
@@ -138,6 +140,7 @@ class RunConfig:
             "weight_decay": (0 <= self.weight_decay < math.inf, "at least 0 and finite"),
             "precision": (self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}"),
             "impl": (bool(self.impl), "an implementation's name"),
+            "weight_grad": (self.weight_grad in ("exact", "mvue24"), "exact or mvue24"),
             "seed": (self.seed >= 0, "at least 0"),
             "eval_interval": (self.eval_interval >= 1, "at least 1"),
             "eval_tokens": (self.eval_tokens is None or self.eval_tokens >= 1, "at least 1 or None"),

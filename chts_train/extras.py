@@ -8,8 +8,8 @@ from types import ModuleType
 EXTRA = "train"
 
 
-def require(module: str, purpose: str) -> ModuleType:
-    """Import ``module`` for ``purpose``.
+def require(module: str, purpose: str, extra: str = EXTRA) -> ModuleType:
+    """Import ``module`` for ``purpose``; ``extra`` of this package brings it.
 
     Raises:
         ImportError: when it is missing; the message has the package and the command that installs it.
@@ -18,4 +18,4 @@ def require(module: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(f'{purpose} needs the package {package}: pip install "chts[{EXTRA}]"') from error
+        raise ImportError(f'{purpose} needs the package {package}: pip install "chts[{extra}]"') from error

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from chts_kernels import Operands, SparseWeight, pack, prune, random_ids, spmm
+from chts_kernels import Mvue24, Operands, SparseWeight, pack, prune, random_ids, spmm
 from chts_kernels.patterns import BLOCK, pattern_table
 
 from .baselines import STELinear, dense_linear
+from .distributed import GatheredWeight
 
 logger = logging.getLogger("chts_train")
 
@@ -34,7 +35,12 @@ class SparseLinear(nn.Module):
         device, dtype: of the parameters; float32, bfloat16, float16 or float64.
 
     The attribute ``impl`` ("auto", "reference" or a kernel's name) chooses the implementation of every pass and of the
-    evolution of this layer.
+    evolution of this layer. ``keep_operands = False`` saves memory: what kernels derive from the values (2.25 bytes per
+    element of W for 16-bit computing) is derived for the forward pass, again for the backward pass, and kept by neither.
+    ``weight_grad`` is "exact" or "mvue24": the gradient of the values, or an unbiased random estimate of it that runs on
+    sparse tensor cores (:func:`chts_kernels.weight_grad_mvue`). Its noise follows the layer's seed and number and the
+    buffer ``draws``, which counts backward passes and is saved with the layer: a resumed run draws the same bits, and a
+    captured CUDA graph draws anew at every replay.
 
     Raises:
         ValueError: when a size is not a positive multiple of 4 or ``n`` is neither 1 nor 2.
@@ -45,6 +51,9 @@ class SparseLinear(nn.Module):
 
     ids: torch.Tensor
     impl: str = "auto"
+    keep_operands: bool = True
+    _is_fsdp_managed_module: bool = False  # fully_shard sets it
+    _origin: tuple[int, int] = (0, 0)  # (seed, layer) of random ids, for layers built on the meta device
 
     def __init__(
         self,
@@ -58,13 +67,17 @@ class SparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.n = in_features, out_features, n
-        seed = int(torch.randint(1 << 31, ()))
-        ids = random_ids(out_features, in_features, n, seed=seed)
-        self.register_buffer("ids", ids.to(device or torch.get_default_device()))
+        self._origin = int(torch.randint(1 << 31, (), device="cpu")), 0
+        device = torch.get_default_device() if device is None else torch.device(device)
+        self.register_buffer("ids", self._random_ids("meta" if device.type == "meta" else "cpu").to(device))
         self.values = nn.Parameter(torch.empty(out_features, in_features * n // BLOCK, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self._operands = Operands()
         self.reset_parameters()
+
+    def _random_ids(self, device: torch.device | str) -> torch.Tensor:
+        seed, layer = self._origin
+        return random_ids(self.out_features, self.in_features, self.n, seed=seed, layer=layer, device=device)
 
     def reset_parameters(self) -> None:
         """Values and bias as ``nn.Linear`` draws them: uniform in +-1/sqrt(in_features). The pattern stays."""
@@ -75,10 +88,28 @@ class SparseLinear(nn.Module):
     @property
     def weight(self) -> SparseWeight:
         """The weight as a :class:`chts_kernels.SparseWeight` over this layer's own tensors."""
+        if self._is_fsdp_managed_module or not self.keep_operands:
+            return GatheredWeight.over(self.ids, self.values, self.n)
         return SparseWeight.view(self.ids, self.values, self.n, self._operands)
+
+    @property
+    def weight_grad(self) -> str:
+        """"exact" or "mvue24"; to be chosen before checkpoints are loaded and graphs captured."""
+        return "mvue24" if "draws" in self._buffers else "exact"
+
+    @weight_grad.setter
+    def weight_grad(self, mode: str) -> None:
+        if mode not in ("exact", "mvue24"):
+            raise ValueError(f"weight_grad: must be 'exact' or 'mvue24', got {mode!r}")
+        if mode == "exact":
+            self._buffers.pop("draws", None)
+        elif self.weight_grad == "exact":
+            self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=self.ids.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
+        if "draws" in self._buffers:
+            return spmm(x, self.weight, self.bias, weight_grad=Mvue24(*self._origin, self.draws), impl=self.impl)
         return spmm(x, self.weight, self.bias, impl=self.impl)
 
     @classmethod
@@ -95,19 +126,23 @@ class SparseLinear(nn.Module):
 
         Raises:
             ValueError: when sizes, ``n`` or ``init`` do not fit; the message names the argument.
+
+        A layer on the meta device has no magnitudes; with random ids it stays there, and gets them with its memory
+        (``to_empty``). Its values are then the caller's to fill, as those of any layer.
         """
         if init not in ("magnitude", "random"):
             raise ValueError(f"init: must be 'magnitude' or 'random', got {init!r}")
         weight = linear.weight.detach()
-        if init == "magnitude":
-            ids = prune(weight, n)
-        else:
-            ids = random_ids(*weight.shape, n, seed=seed, layer=layer, device=weight.device)
+        if weight.is_meta and init == "magnitude":
+            raise ValueError("init: must be 'random' for a layer on the meta device, got 'magnitude'")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.n = linear.in_features, linear.out_features, n
-        self.register_buffer("ids", ids)
-        self.values = nn.Parameter(pack(weight, ids, n), requires_grad=linear.weight.requires_grad)
+        self._origin = seed, layer
+        self.register_buffer("ids", prune(weight, n) if init == "magnitude" else self._random_ids(weight.device))
+        links = self.out_features, self.in_features * n // BLOCK
+        values = weight.new_empty(links) if weight.is_meta else pack(weight, self.ids, n)
+        self.values = nn.Parameter(values, requires_grad=linear.weight.requires_grad)
         self.bias = (
             None if linear.bias is None else nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
         )
@@ -120,11 +155,17 @@ class SparseLinear(nn.Module):
             return dense_linear(self, self.weight.to_dense(), self.values.requires_grad)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, n={self.n}"
+        mode = "" if self.weight_grad == "exact" else f", weight_grad={self.weight_grad!r}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, n={self.n}{mode}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
+        on_meta = self.ids.is_meta
         super()._apply(fn, recurse)
         self._operands = Operands()  # of the old device or dtype
+        if on_meta and not self.ids.is_meta:  # to_empty: values may hold anything for a while, ids must be patterns
+            self.ids.copy_(self._random_ids(self.ids.device))
+            if "draws" in self._buffers:
+                self.draws.zero_()
         return self
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
@@ -156,6 +197,8 @@ class SparsityConfig:
             every forward pass).
         srste_lambda: SR-STE's decay of masked-out weights; 0 is plain STE.
         impl: of the sparse layers: "auto", "reference" or a kernel's name.
+        weight_grad: of the sparse layers: "exact" or "mvue24"; see :class:`SparseLinear`.
+        keep_operands: of the sparse layers; see :class:`SparseLinear`.
     """
 
     n: int = 2
@@ -164,9 +207,15 @@ class SparsityConfig:
     kind: str = "sparse"
     srste_lambda: float = 0.0
     impl: str = "auto"
+    keep_operands: bool = True
+    weight_grad: str = "exact"
 
     def __post_init__(self) -> None:
-        for name, options in {"n": (1, 2), "init": ("random", "magnitude"), "kind": ("sparse", "ste")}.items():
+        rules = {
+            "n": (1, 2), "init": ("random", "magnitude"), "kind": ("sparse", "ste"),
+            "weight_grad": ("exact", "mvue24") if self.kind == "sparse" else ("exact",),
+        }  # fmt: skip
+        for name, options in rules.items():
             if getattr(self, name) not in options:
                 raise ValueError(f"{name}: must be one of {list(options)}, got {getattr(self, name)!r}")
         if self.srste_lambda < 0:
@@ -230,7 +279,8 @@ def sparsify_(
             replacements[module] = STELinear.from_linear(module, config.n, srste_lambda=config.srste_lambda)
         else:
             sparse = SparseLinear.from_linear(module, config.n, init=config.init, seed=config.seed, layer=layer)
-            sparse.impl = config.impl
+            sparse.impl, sparse.keep_operands = config.impl, config.keep_operands
+            sparse.weight_grad = config.weight_grad
             replacements[module] = sparse
         layer += 1
         shape = f"{module.out_features} x {module.in_features}"

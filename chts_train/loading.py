@@ -41,7 +41,9 @@ def load_run(path: str | Path) -> tuple[nn.Module, RunConfig, Checkpoint]:
     config = run_config(checkpoint)
     model = config.build_model()
     method = get_method(config.method)
-    sparsity = method.sparsity_config(config.seed, srste_lambda=config.srste_lambda, impl=config.impl)
+    sparsity = method.sparsity_config(
+        config.seed, srste_lambda=config.srste_lambda, impl=config.impl, weight_grad=config.weight_grad
+    )
     if sparsity is not None:
         sparsify_(model, sparsity)
     restore(checkpoint, model)

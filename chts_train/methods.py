@@ -37,7 +37,13 @@ class Method:
         return self.removal is not None
 
     def sparsity_config(
-        self, seed: int = 0, *, init: str | None = None, srste_lambda: float | None = None, impl: str = "auto"
+        self,
+        seed: int = 0,
+        *,
+        init: str | None = None,
+        srste_lambda: float | None = None,
+        impl: str = "auto",
+        weight_grad: str = "exact",
     ) -> SparsityConfig | None:
         """The argument for :func:`chts_train.sparsify_`; None for the dense method.
 
@@ -46,12 +52,24 @@ class Method:
             init: another initial topology; re-training passes "magnitude".
             srste_lambda: another decay, for SR-STE methods.
             impl: implementation of the sparse layers.
+            weight_grad: "exact" or "mvue24", for methods with compressed weights.
+
+        Raises:
+            ValueError: when the method cannot have that ``weight_grad``.
         """
+        if self.kind != "sparse" and weight_grad != "exact":
+            raise ValueError(f"weight_grad: must be 'exact' for the method {self.name}, got {weight_grad!r}")
         if self.kind == "dense":
             return None
         decay = self.srste_lambda if srste_lambda is None or self.srste_lambda == 0 else srste_lambda
         return SparsityConfig(
-            n=self.n, init=init or self.init, seed=seed, kind=self.kind, srste_lambda=decay, impl=impl
+            n=self.n,
+            init=init or self.init,
+            seed=seed,
+            kind=self.kind,
+            srste_lambda=decay,
+            impl=impl,
+            weight_grad=weight_grad,
         )
 
 

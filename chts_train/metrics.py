@@ -19,16 +19,20 @@ METRICS, UPDATES = "metrics.jsonl", "updates.jsonl"
 
 
 class MetricsLog:
-    """Appends lines to a file; every line is handed to the system at once, so a killed run keeps them."""
+    """Appends lines to a file; every line is handed to the system at once, so a killed run keeps them.
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    ``enabled=False`` writes nothing: of the processes of a run only the first one does.
+    """
+
+    def __init__(self, path: str | Path, *, enabled: bool = True) -> None:
+        self.path, self.enabled = Path(path), enabled
 
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:
         """Append one line and return it as a dict."""
         row = {"kind": kind, "step": step, **values}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.enabled:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         return row
 
     def read(self) -> list[dict[str, Any]]:
@@ -37,7 +41,7 @@ class MetricsLog:
 
     def truncate(self, step: int) -> None:
         """Drop the lines after ``step``: a resumed run writes them again."""
-        if self.path.exists():
+        if self.enabled and self.path.exists():
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.read() if row["step"] <= step))
 
 

@@ -1,4 +1,7 @@
-"""Optimizers by name and the learning-rate schedule of ALGORITHM section 6: linear warm-up, then cosine."""
+"""Optimizers by name and the learning-rate schedule of ALGORITHM section 6: linear warm-up, then cosine.
+
+The fused AdamW of sparse layers is :class:`chts_train.FusedAdamW`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from .adamw import FusedAdamW
+from .linear import sparse_layers
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 
@@ -43,7 +49,8 @@ def make_optimizer(
     """An optimizer over the trainable parameters of ``model``; build it after ``sparsify_``.
 
     Args:
-        name: "adam" (weight decay through the gradient), "adamw" (decoupled) or "sgd" (with momentum).
+        name: "adam" (weight decay through the gradient), "adamw" (decoupled) or "sgd" (with momentum). Sparse layers on a
+            GPU get :class:`FusedAdamW` for "adamw", and for "adam" without weight decay, where both are the same rule.
         model: float32 masters; compute in bf16 comes from autocast.
         lr: peak learning rate, positive.
         betas, eps: of Adam and AdamW.
@@ -64,6 +71,8 @@ def make_optimizer(
         return torch.optim.SGD(groups, lr=lr, momentum=momentum)
     # Fused on CUDA: one kernel for all parameters. On the CPU the default keeps results independent of threads.
     fused = all(p.is_cuda and p.is_floating_point() for group in groups for p in group["params"])
+    if fused and sparse_layers(model) and (name == "adamw" or weight_decay == 0):  # without decay both rules are one
+        return FusedAdamW(groups, lr=lr, betas=tuple(betas), eps=eps, model=model)
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
     return kind(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused or None)
 

@@ -37,8 +37,10 @@ def describe(trainer: Trainer) -> list[str]:
         size += f"; {made} linear layers {method.n}:4 ({method.description})"
     on_gpu = trainer.device.type == "cuda"
     place = torch.cuda.get_device_name(trainer.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    if trainer.processes.kind != "single":
+        place += f", {trainer.processes.size} processes ({trainer.processes.kind})"
     precision = "bf16 compute over fp32 masters" if trainer.precision == "bf16" else trainer.precision
-    passes = f" in {config.accumulation} passes" if config.accumulation > 1 else ""
+    passes = f" in {trainer.passes} passes" if trainer.passes > 1 else ""
     lines = [
         f"{config.method} on {config.name}: {size}",
         trainer.task.data.describe(),

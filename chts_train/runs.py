@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .parallel import on_main
 from .storage import write_json
 
 CONFIG, SUMMARY, PLOTS = "config.json", "summary.json", "plots"
@@ -48,8 +49,11 @@ def new_run(name: str, out: str | Path | None = None) -> Path:
 
 @contextlib.contextmanager
 def starting_run(name: str, out: str | Path | None = None) -> Iterator[Path]:
-    """:func:`new_run` around what may still fail: if it does, and nothing was written, the folder goes again."""
-    path = new_run(name, out)
+    """:func:`new_run` around what may still fail: if it does, and nothing was written, the folder goes again.
+
+    One folder for all the processes of a run.
+    """
+    path = on_main(lambda: new_run(name, out))
     try:
         yield path
     except BaseException:

@@ -17,6 +17,7 @@ class Settings:
         save_interval: steps between checkpoints; 0: as often as evaluations.
         keep: checkpoints to keep.
         quiet: print nothing.
+        parallel: among the processes that ``torchrun`` started: "ddp", "fsdp", or "auto" (DDP where there are several).
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -27,6 +28,7 @@ class Settings:
     save_interval: int = 0
     keep: int = 2
     quiet: bool = False
+    parallel: str = "auto"
 
     def __post_init__(self) -> None:
         for name, low in (("log_interval", 1), ("save_interval", 0), ("keep", 1)):

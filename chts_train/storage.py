@@ -123,15 +123,8 @@ def join_tree(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return {key: join_tree(value, tensors) for key, value in tree.items()}
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Write a safetensors file (not atomic: for use inside a folder that is renamed when complete).
-
-    Tensors that share memory (tied weights) are stored once.
-
-    Returns:
-        Alias name -> stored name, for :func:`load_tensors`.
-    """
-    save_file = require("safetensors.torch", "saving checkpoints").save_file
+def without_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors without those that are another one under a second name (tied weights), and alias name -> stored name."""
     stored: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     seen: dict[tuple, str] = {}
@@ -139,13 +132,30 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, s
         key = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
         if tensor.numel() and key in seen:
             aliases[name] = seen[key]
-            continue
-        seen[key] = name
+        else:
+            seen[key] = name
+            stored[name] = tensor
+    return stored, aliases
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Write a safetensors file (not atomic: for use inside a folder that is renamed when complete).
+
+    Tensors that share memory (tied weights) are stored once. ``metadata`` goes into the file's header.
+
+    Returns:
+        Alias name -> stored name, for :func:`load_tensors`.
+    """
+    save_file = require("safetensors.torch", "saving checkpoints").save_file
+    stored, aliases = without_aliases(tensors)
+    for name, tensor in stored.items():
         tensor = tensor.cpu().contiguous()
         # A view into a larger storage would be refused by safetensors, or drag the whole storage along.
         whole = tensor.untyped_storage().nbytes() == tensor.nbytes
         stored[name] = tensor if whole else tensor.clone()
-    save_file(stored, path, metadata={"format": "pt"})
+    save_file(stored, path, metadata={"format": "pt", **(metadata or {})})
     usual_mode(path)
     fsync_file(path)
     return aliases

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .configs import RunConfig
 from .data import ImageBatches, ImageData, TextBatches, TextData
 from .data.batches import IGNORE_INDEX
+from .parallel import Processes
 
 Context = Callable[[], AbstractContextManager[Any]]
 
@@ -151,25 +153,31 @@ def evaluate(
     autocast: Context,
     limit: int | None = None,
     stop: Callable[[], bool] = lambda: False,
+    processes: Processes | None = None,
 ) -> dict[str, float] | None:
     """The figures of ``model`` on held-out data, or None when ``stop`` said so in between.
 
     Draws no random numbers, so a run is the same whether and when it is evaluated. Sums are float64 on the
-    device, read once at the end.
+    device, read once at the end. Of several ``processes`` each takes every R-th batch; all get the figures of the whole.
     """
+    processes = processes or Processes()
     training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
     total = 0
     try:
-        for inputs, targets in task.held_out(limit):
+        held_out = iter(task.held_out(limit))
+        while turn := list(itertools.islice(held_out, processes.size)):
             if stop():
                 return None
-            count = task.count(targets)
+            total += sum(task.count(targets) for _, targets in turn)
+            # At the end some have no batch: they take part, since a sharded model needs all of them, and count for nothing.
+            inputs, targets = turn[min(processes.rank, len(turn) - 1)]
             with autocast():
-                batch = task.losses(model, inputs.to(device), targets.to(device), count)
+                batch = task.losses(model, inputs.to(device), targets.to(device), task.count(targets))
+            if processes.rank >= len(turn):
+                batch = {key: torch.zeros_like(value) for key, value in batch.items()}
             sums = {key: sums[key] + value if sums else value for key, value in batch.items()}
-            total += count
     finally:
         model.train(training)
-    return task.eval_figures({key: value.item() for key, value in sums.items()}, total)
+    return task.eval_figures({key: processes.sum_(value).item() for key, value in sums.items()}, total)

@@ -10,8 +10,20 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from chts_kernels import evolve_many
+from chts_kernels import Evolution, SparseWeight, evolve_many
 
+from .distributed import (
+    RankCheck,
+    carry_over_rows_,
+    first_row,
+    gathered,
+    is_dtensor,
+    laid_out_like,
+    must_agree,
+    plain_name,
+    reshard,
+    unwrapped,
+)
 from .linear import SparseLinear, sparse_layers
 
 MAX_AGE = 255
@@ -100,17 +112,25 @@ class TopologyEvolver:
     new links start at 0. The learning-rate ramp after an update is applied inside ``optimizer.step`` and taken back after
     it, so that any scheduler goes on undisturbed. Nothing waits for the device.
 
+    In a data-parallel job every rank has its evolver, with the same arguments. Under DDP an update sends nothing but one
+    checksum per layer; under FSDP2 (``fully_shard``) it also gathers the values of one layer at a time.
+
     Args:
-        model: with at least one :class:`SparseLinear`.
+        model: with at least one :class:`SparseLinear`; may be wrapped by DDP or ``torch.compile``, or be sharded.
         optimizer: any torch optimizer whose per-parameter state has the parameter's shape (SGD with momentum, Adam, AdamW,
             NAdam, RMSprop, ...) apart from scalars.
         schedule: the cadence.
         removal: "soft" or "hard"; regrowth: "soft", "greedy" or "random".
         seed: of the noise. Ranks of a data-parallel job must share it.
         collect_stats: compute :meth:`stats` on the device at every update (one more selection pass).
+        verify: where ``torch.distributed`` is initialised, compare the ids of all ranks before the first step and after every
+            update; :class:`chts_train.distributed.TopologyMismatch` names the layers and ranks that differ. On a GPU
+            it is raised one of the next steps, when the figures have arrived.
+        process_group: the ranks that train this model and so must agree, default all of them.
 
     Raises:
         ValueError: when there is no sparse layer, the optimizer lacks a layer's values, or an option is unknown.
+        NotImplementedError: when values are sharded otherwise than along dim 0.
     """
 
     def __init__(
@@ -123,6 +143,8 @@ class TopologyEvolver:
         regrowth: str = "soft",
         seed: int = 0,
         collect_stats: bool = True,
+        verify: bool = True,
+        process_group: Any = None,
     ) -> None:
         for name, value, options in (
             ("removal", removal, ("soft", "hard")),
@@ -130,21 +152,29 @@ class TopologyEvolver:
         ):
             if value not in options:
                 raise ValueError(f"{name}: must be one of {list(options)}, got {value!r}")
-        self.layers = sparse_layers(model)
+        self.model = unwrapped(model)
+        self.layers = {plain_name(name): layer for name, layer in sparse_layers(self.model).items()}
         if not self.layers:
             raise ValueError("model: must have at least one SparseLinear, got none; call sparsify_ first")
+        reshard(self.model)  # an evaluation may have left gathered parameters behind
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, layer in self.layers.items() if id(layer.values) not in known]
         if missing:
             raise ValueError(
                 f"optimizer: must hold the values of every sparse layer, {len(missing)} are missing, the first of "
-                f"{missing[0]!r}; build the optimizer after sparsify_"
+                f"{missing[0]!r}; build the optimizer after sparsify_ (and fully_shard)"
             )
+        for name, layer in self.layers.items():
+            if is_dtensor(layer.values):
+                first_row(layer.values, f"{name}.values")
         self.optimizer, self.schedule = optimizer, schedule
         self.removal, self.regrowth, self.seed, self.collect_stats = removal, regrowth, seed, collect_stats
         self.step_count = 0
         self.updates = 0
-        self.ages = {name: torch.zeros_like(layer.values, dtype=torch.uint8) for name, layer in self.layers.items()}
+        self.ages = {
+            name: torch.zeros_like(layer.values.detach(), dtype=torch.uint8) for name, layer in self.layers.items()
+        }
+        self._verify, self._check = verify, RankCheck(process_group)
         self._figures: dict[str, dict[str, Any]] = {}
         self._attached = False
         self._true_lrs: list[Any] | None = None
@@ -162,6 +192,7 @@ class TopologyEvolver:
 
         Raises:
             RuntimeError: when the evolver is attached and does this itself.
+            TopologyMismatch: when ranks of a data-parallel job hold different ids.
             TypeError: when the optimizer keeps state that cannot follow links; then nothing was changed.
         """
         if self._attached:
@@ -216,7 +247,8 @@ class TopologyEvolver:
         return rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, settings and link ages (``ages``: uint8 tensors by layer name)."""
+        """Counters, settings and link ages (``ages``: uint8 tensors by layer name, DTensors where the values are)."""
+        self._check.finish()  # ranks that disagree are nothing to save
         return {
             "step": self.step_count,
             "updates": self.updates,
@@ -228,7 +260,7 @@ class TopologyEvolver:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where :meth:`state_dict` was taken.
+        """Continue where :meth:`state_dict` was taken, on any number of ranks.
 
         Raises:
             ValueError: when the state is of other layers, another seed or another rule; then nothing was changed.
@@ -246,46 +278,82 @@ class TopologyEvolver:
                     f"ages[{name!r}]: must have shape {tuple(self.ages[name].shape)}, got {tuple(age.shape)}"
                 )
         for name, age in state["ages"].items():
-            self.ages[name].copy_(age)
+            self.ages[name].copy_(laid_out_like(age, self.ages[name]))
         self.step_count, self.updates = state["step"], state["updates"]
 
     def _advance(self) -> bool:
+        self._check.poll()
+        if self.step_count == 0:
+            self._compare("before the first step")
         update = self.schedule.is_update(self.step_count + 1)
+        if update:
+            reshard(self.model)
         moments = self._moments() if update else {}  # may raise: before anything is counted or changed
         self.step_count += 1
         if update:
-            self._update(moments)
+            with torch.profiler.record_function("chts::topology_update"):
+                self._update(moments)
+            self._compare(f"after the update at step {self.step_count}")
         return not update
+
+    def _compare(self, when: str) -> None:
+        if self._verify and must_agree(self._check.group):
+            self._check.start({name: layer.ids for name, layer in self.layers.items()}, when)
 
     @torch.no_grad()
     def _update(self, moments: dict[str, list[torch.Tensor]]) -> None:
         # Layers go in one call for each implementation and device, so that equal shapes share launches.
         groups: dict[tuple[str, torch.device], list[tuple[int, str, SparseLinear]]] = {}
         for index, (name, layer) in enumerate(self.layers.items()):
+            age = self._age(name, layer)
+            local = age.to_local() if is_dtensor(age) else age
+            local += local < MAX_AGE
+            moments[name] = [*moments[name], age]
             # A kernel's name names the products; the update knows only one reference and one kernel.
             impl = "reference" if layer.impl == "reference" else "auto"
-            groups.setdefault((impl, layer.values.device), []).append((index, name, layer))
+            if is_dtensor(layer.values):
+                self._update_sharded(index, name, layer, moments[name], impl)
+            else:
+                groups.setdefault((impl, layer.values.device), []).append((index, name, layer))
         for (impl, _), members in groups.items():
-            ages = [self._age(name, layer) for _, name, layer in members]
-            for age in ages:
-                age += age < MAX_AGE
             results = evolve_many(
                 [layer.weight for _, _, layer in members],
-                zeta=self.zeta,
-                temperature=self.temperature,
-                removal=self.removal,
-                regrowth=self.regrowth,
-                seed=self.seed,
                 layers=[index for index, _, _ in members],
-                step=self.step_count,
-                moments=[[*moments[name], age] for (_, name, _), age in zip(members, ages, strict=True)],
-                stats=self.collect_stats,
+                moments=[moments[name] for _, name, _ in members],
                 impl=impl,
+                **self._rule(),
             )
-            for (_, name, _), age, result in zip(members, ages, results, strict=True):
-                numbers = {**result.stats, "link_age_mean": age.double().mean()} if result.stats else {}
-                self._figures[name] = {"removed": result.removed, "device": numbers}
+            for (_, name, _), result in zip(members, results, strict=True):
+                self._note(name, result)
         self.updates += 1
+
+    def _update_sharded(
+        self, index: int, name: str, layer: SparseLinear, moments: list[torch.Tensor], impl: str
+    ) -> None:
+        """Every rank computes all the new ids, from values gathered for this layer alone, and moves its own rows."""
+        rows = [t.to_local() for t in (layer.values, *moments)]
+        values = gathered(layer.values, layer.ids.device)
+        if values.data_ptr() == rows[0].data_ptr():  # a shard that is the whole is not copied, and would be moved twice
+            values = values.clone()
+        [result] = evolve_many([SparseWeight(layer.ids, values, layer.n)], layers=[index], impl=impl, **self._rule())
+        start = first_row(layer.values, f"{name}.values")
+        carry_over_rows_(rows, result.old_ids, layer.ids, layer.n, start, impl=impl)
+        self._note(name, result)
+
+    def _rule(self) -> dict[str, Any]:
+        """The arguments of an update that are the same for all layers."""
+        return {
+            "zeta": self.zeta, "temperature": self.temperature, "removal": self.removal, "regrowth": self.regrowth,
+            "seed": self.seed, "step": self.step_count, "stats": self.collect_stats,
+        }  # fmt: skip
+
+    def _note(self, name: str, result: Evolution) -> None:
+        numbers = {}
+        if result.stats:
+            age = self.ages[name]
+            total = gathered(age.sum(dtype=torch.int64), self.layers[name].ids.device)
+            numbers = {**result.stats, "link_age_mean": total.double() / age.numel()}
+        self._figures[name] = {"removed": result.removed, "device": numbers}
 
     def _age(self, name: str, layer: SparseLinear) -> torch.Tensor:
         if self.ages[name].device != layer.values.device:  # the model moved after the evolver was built
@@ -317,8 +385,29 @@ class TopologyEvolver:
                 )
         return found
 
-    def _before_optimizer_step(self, *_: Any) -> None:
-        if self._attached and not self._advance():
+    def _before_optimizer_step(
+        self, _: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._prepare_step()
+            return None
+        prepared = False
+
+        def closure_then_prepare() -> Any:  # gradients exist only when the closure has run, for the first time
+            nonlocal prepared
+            loss = closure()
+            if not prepared:
+                prepared = True
+                self._prepare_step()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": closure_then_prepare}
+        return (args[0], closure_then_prepare, *args[2:]), kwargs
+
+    def _prepare_step(self) -> None:
+        if self._attached and not self._only_fills_state() and not self._advance():
             for group in self.optimizer.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
@@ -327,6 +416,14 @@ class TopologyEvolver:
         scale = self.schedule.lr_scale(self.step_count)
         if scale != 1.0:
             self._true_lrs = [_scale_lr(group, scale) for group in self.optimizer.param_groups]
+
+    def _only_fills_state(self) -> bool:
+        """Whether this is no training step: torch.distributed.checkpoint gives an optimizer without state one by a step of learning
+        rate 0 with gradients of 0."""
+        if self.optimizer.state or any(float(group["lr"]) for group in self.optimizer.param_groups):
+            return False
+        grads = (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
+        return not any(bool(gathered(grad.abs().sum())) for grad in grads)
 
     def _after_optimizer_step(self, *_: Any) -> None:
         for parameter, grad in self._withheld:

@@ -6,7 +6,8 @@
     outcome = trainer.train()
 
 What a run computes is decided by its :class:`RunConfig` alone; :class:`Settings` say where it runs and what it
-writes. On the CPU a resumed run gives the same bits as one that was never interrupted.
+writes. On the CPU a resumed run gives the same bits as one that was never interrupted. Under ``torchrun`` every process has
+its trainer, and they train one model together (:mod:`chts_train.parallel`).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .linear import sparsify_
 from .methods import attach_method, get_method
 from .metrics import METRICS, UPDATES, MetricsLog, update_summary
 from .optim import make_optimizer, make_scheduler
+from .parallel import Processes, is_lost_connection, on_main
 from .progress import Progress
 from .report import spell, summarise
 from .run_state import Counters, Outcome
@@ -62,7 +64,7 @@ class Trainer:
     After :meth:`train`, ``model`` holds the trained model; :mod:`chts_train.report` puts it all in words.
 
     Raises:
-        ValueError: config, data or weights do not fit each other; the message names what does not.
+        ValueError: config, data, weights or processes do not fit each other; the message names what does not.
     """
 
     def __init__(
@@ -103,7 +105,7 @@ class Trainer:
         restore(checkpoint, self.model, self.optimizer, self._parts(), rng=True)
         if run is not None:
             for log in (self.log, self.update_log):
-                if (home / log.path.name).is_file():
+                if log.enabled and (home / log.path.name).is_file():
                     shutil.copyfile(home / log.path.name, log.path)
         self._saved, self._resumed = (checkpoint.path if run is None else None), checkpoint.path
         return self
@@ -120,6 +122,8 @@ class Trainer:
         require("safetensors.torch", "saving checkpoints")  # now, not after an hour of training
         self.config, self.run, self.settings, self.origin = config, Path(run), settings or Settings(), dict(origin)
         self.method = get_method(config.method)
+        self.processes = Processes.here(self.settings.parallel)
+        self.processes.check(config.batch_size, self.method.kind)
         self.device = resolve_device(self.settings.device)
         self.precision = resolve_precision(config.precision, self.device)
         self.task = make_task(config, data)
@@ -135,9 +139,14 @@ class Trainer:
         self.dense_parameters = sum(p.numel() for p in self.model.parameters())
         self.dense_figures = self.evaluate(config.eval_tokens) if weights is not None else None
         sparsity = self.method.sparsity_config(
-            config.seed, init=config.init, srste_lambda=config.srste_lambda, impl=config.impl
+            config.seed,
+            init=config.init,
+            srste_lambda=config.srste_lambda,
+            impl=config.impl,
+            weight_grad=config.weight_grad,
         )
         self.records = sparsify_(self.model, sparsity) if sparsity else []
+        self.network = self.processes.wrap(self.model, self.device)
         self.optimizer = make_optimizer(
             config.optimizer, self.model, **_take(config, "lr", "betas", "eps", "weight_decay")
         )
@@ -146,7 +155,9 @@ class Trainer:
         self.evolver = attach_method(self.method, self.model, self.optimizer, self.schedule, config.seed)
 
         self.counters = Counters()
-        self.log, self.update_log = MetricsLog(self.run / METRICS), MetricsLog(self.run / UPDATES)
+        self.log, self.update_log = (
+            MetricsLog(self.run / name, enabled=self.processes.main) for name in (METRICS, UPDATES)
+        )
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._window = (0, 0.0)  # targets seen and seconds at the last line of the log
         self._figures: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation and its step
@@ -157,19 +168,31 @@ class Trainer:
         """Train to the end, or to a signal: then the step is finished and a checkpoint saved before this returns.
 
         Raises:
-            TrainingError: the loss is not finite.
-            RunError: another process trains in the same folder.
+            TrainingError: the loss is not finite, or another process of the run is gone.
+            RunError: another run uses the same folder.
         """
-        counters, total = self.counters, self.config.total_steps
-        progress = Progress(total, counters.step, quiet=self.settings.quiet)
-        with RunLock(self.run), GracefulStop() as stop, progress:
+        try:
+            return self._train()
+        except Exception as error:
+            if self.processes.size == 1 or not is_lost_connection(error):
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise TrainingError(
+                f"process {self.processes.rank} of {self.processes.size} lost another one at step {self.counters.step} "
+                f"({reason}); torchrun's report says how that ended; the checkpoints in {self.run} are intact"
+            ) from error
+
+    def _train(self) -> Outcome:
+        counters, total, main = self.counters, self.config.total_steps, self.processes.main
+        progress = Progress(total, counters.step, quiet=self.settings.quiet or not main)
+        with RunLock(self.run) if main else contextlib.nullcontext(), GracefulStop() as stop, progress:
             self._open_logs(progress)
-            while stop.signal is None:
+            while not self._stopped(stop):
                 if self._due(self.config.eval_interval) and self._figures[0] != counters.step:
                     self._evaluate_and_log(stop, progress)
                 if self._due(self.settings.save_interval or self.config.eval_interval):
                     self._save()
-                if counters.step == total or stop.signal is not None:
+                if counters.step == total or self._stopped(stop):
                     break
                 self._train_step()
                 progress.advance(counters.step)
@@ -178,7 +201,7 @@ class Trainer:
             saved = self._save()
             finished = counters.step == total and self._figures[0] == total
             figures = self._figures[1] if finished else {}
-            if finished:
+            if finished and main:
                 summarise(self, figures)
         return Outcome(counters.step, finished, 0 if finished else stop.exit_code, saved, figures)
 
@@ -190,8 +213,21 @@ class Trainer:
             device=self.device,
             autocast=self.autocast,
             limit=limit,
-            stop=lambda: stop is not None and stop.signal is not None,
+            stop=lambda: stop is not None and self._stopped(stop),
+            processes=self.processes,
         )
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of one optimizer step in this process."""
+        return -(-self.config.batch_size // self.processes.size // self.config.micro_batch)
+
+    def _stopped(self, stop: GracefulStop) -> bool:
+        """Whether any process got a signal: all stop after the same step."""
+        number = self.processes.largest(stop.signal or 0)
+        if number:
+            stop.signal = number
+        return bool(number)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """bf16 autocast, or nothing for fp32."""
@@ -208,16 +244,20 @@ class Trainer:
     def _train_step(self) -> None:
         """One batch: backward over its micro-batches, then the optimizer's step or a topology update."""
         start = time.monotonic()
-        counters, size = self.counters, self.config.micro_batch
+        counters, processes, size = self.counters, self.processes, self.config.micro_batch
         inputs, targets = next(self.batches)
         total = self.task.count(targets)
-        for x, y in zip(inputs.split(size), targets.split(size), strict=True):
-            share = self.task.count(y) / total  # so that accumulation changes nothing, also with padding
-            if share == 0:
-                continue
-            with self.autocast():
-                loss = self.model(x.to(self.device), y.to(self.device))
-            (loss * share).backward()
+        if processes.size > 1:  # each process drops its own paths, and a resumed run the same ones
+            torch.manual_seed(((self.config.seed << 32) + counters.step * processes.size + processes.rank) % (1 << 63))
+        inputs, targets = processes.mine(inputs).split(size), processes.mine(targets).split(size)
+        for number, (x, y) in enumerate(zip(inputs, targets, strict=True), 1):
+            # So that neither accumulation nor the number of processes changes anything, also with padding. (Every sequence
+            # has a target, so no share is 0.)
+            share = self.task.count(y) / total
+            with processes.accumulating(self.network, last=number == len(inputs)):
+                with self.autocast():
+                    loss = self.network(x.to(self.device), y.to(self.device))
+                (loss * (share * processes.size)).backward()  # DDP and FSDP average over the processes
             self._loss += loss.detach().double() * share
         counters.step += 1
         counters.seen += total
@@ -260,7 +300,7 @@ class Trainer:
     def _read_loss(self) -> None:
         """Take the sum of losses from the device, where it grows without waiting, and check it."""
         start = time.monotonic()
-        loss = self._loss.item()
+        loss = self.processes.sum_(self._loss).item()
         self.counters.seconds += time.monotonic() - start  # a GPU was still training
         self._loss.zero_()
         self.counters.loss_sum += loss
@@ -299,6 +339,7 @@ class Trainer:
                 optimizer=self.optimizer,
                 parts=self._parts(),
                 keep=self.settings.keep,
+                write=self.processes.main,
             )
         return self._saved
 
@@ -309,12 +350,13 @@ class Trainer:
     def _open_logs(self, progress: Progress) -> None:
         counters = self.counters
         self._window = (counters.seen, counters.seconds)
-        write_config(self.run, {"run": self.config.to_dict(), "origin": self.origin})
+        if self.processes.main:
+            write_config(self.run, {"run": self.config.to_dict(), "origin": self.origin})
         if self._resumed is not None:
             progress.message(f"resumed from {self._resumed} at step {counters.step:,} of {self.config.total_steps:,}")
             for log in (self.log, self.update_log):
                 log.truncate(counters.step)
-            rows = [row for row in self.log.read() if row["kind"] == "eval"]
+            rows = on_main(lambda: [row for row in self.log.read() if row["kind"] == "eval"])
             if rows:
                 self._figures = (rows[-1]["step"], {k: v for k, v in rows[-1].items() if k.startswith("val_")})
             return

@@ -144,7 +144,8 @@ class ModelUpdateProblem:
     def __init__(self, case: Case, device: torch.device, sets: int) -> None:
         self.case, self.device, self.sets = case, device, 1
         generator = torch.Generator(device).manual_seed(0)
-        model, _ = stack(case.dims["model"], layers=None)
+        with torch.device("meta"):
+            model, _ = stack(case.dims["model"], layers=None)
         shapes = [tuple(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear)]
         self.ids = [random_ids(*shape, seed=SEED, layer=i, device=device) for i, shape in enumerate(shapes)]
         self.tensors = [torch.randn(3, n, k // 2, generator=generator, device=device) for n, k in shapes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -12,7 +12,10 @@ from benchmarks import gate
 from benchmarks.cases import Case
 from benchmarks.problems.models import random_batch, stack
 from benchmarks.timing import Variant
-from chts_train import densify_, sparse_layers
+from chts_kernels import SparseWeight, random_ids
+from chts_kernels.ops.adamw import adamw_
+from chts_kernels.ops.pack import empty_operands
+from chts_train import FusedAdamW, densify_, sparse_layers
 
 LEARNING_RATE = 1e-3
 LOSS_ERROR = 0.02
@@ -20,44 +23,75 @@ LOSS_ERROR = 0.02
 
 
 class OptimizerProblem:
-    """Adam (torch's fused kernel) on a weight [N, K]: dense for the competitor, its links for us.
+    """AdamW on a weight [N, K]: torch's fused kernel on the dense one, ours on its links, fresh bf16 operands both ways included.
 
-    The gate knows ``param``: after one step from fresh state every element moved by ``lr * g / (|g| + eps)``.
+    The gate knows ``param``: after one step from fresh state every element moved by ``lr * g / (|g| + eps)``; and of ours
+    ``operand`` and ``operand_t``, which must be those of ``param``.
     """
 
     def __init__(self, case: Case, device: torch.device, sets: int) -> None:
         self.case, self.device, self.sets = case, device, sets
+        self.ids = random_ids(case.dims["out"], case.dims["in"], 2, seed=0, device=device)
 
-    def variant(self, columns: int, label: str) -> Variant:
-        """Steps over parameters of [N, columns], one optimizer for each set."""
-        generator = torch.Generator(self.device).manual_seed(0)
-        cuda = self.device.type == "cuda"
-        calls: list[Callable[[], torch.Tensor]] = []
-        first: list[torch.Tensor] = []
-        for index in range(self.sets):
-            shape = (2, self.case.dims["out"], columns)
-            start, grad = torch.randn(shape, generator=generator, device=self.device).unbind()
+    def dense(self, label: str) -> Variant:
+        """Torch's optimizer on the dense weight, one for each set."""
+        calls, first = [], []
+        for start, grad in self._draw(self.case.dims["in"]):
             parameter = nn.Parameter(start.clone())
-            parameter.grad = grad.contiguous()
-            optimizer = torch.optim.Adam([parameter], lr=LEARNING_RATE, fused=cuda, capturable=cuda)
-            if not index:
-                first = [start.contiguous(), parameter.grad, parameter]
+            parameter.grad = grad
+            cuda = self.device.type == "cuda"
+            optimizer = torch.optim.AdamW([parameter], lr=LEARNING_RATE, weight_decay=0.0, fused=cuda, capturable=cuda)
+            first = first or [start, grad, parameter]
 
-            def step(optimizer: torch.optim.Optimizer = optimizer, parameter: nn.Parameter = parameter) -> torch.Tensor:
+            def step(optimizer: torch.optim.Optimizer = optimizer, parameter: nn.Parameter = parameter) -> tuple[torch.Tensor]:
                 optimizer.step()
-                return parameter.detach()
+                return (parameter.detach(),)
 
             calls.append(step)
+        return self._variant(calls, first, label)
 
-        def canon(param: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {"param": param, "start": first[0], "grad": first[1]}
+    def links(self, label: str, impl: str) -> Variant:
+        """Our kernel on the links, and the operands of the new values."""
+        calls, first = [], []
+        rows, columns = self.case.dims["out"], self.case.dims["in"]
+        for start, grad in self._draw(columns // 2):
+            values, moments = start.clone(), [torch.zeros_like(start) for _ in range(2)]
+            operand, _, operand_t, _ = empty_operands(rows, columns, torch.bfloat16, self.device)
+            count = torch.zeros((), device=self.device)
+            arguments = [values], [grad], *([m] for m in moments), [count], [self.ids]
+            written = {"operands": [operand], "operands_t": [operand_t]}
+            first = first or [start, grad, values]
 
-        return Variant(calls, canon, label=label, restore=lambda: first[2].data.copy_(first[0]))
+            def step(arguments=arguments, written=written, count=count, out=(values, operand, operand_t)) -> tuple[torch.Tensor, ...]:
+                count += 1
+                adamw_(*arguments, 2, lr=LEARNING_RATE, impl=impl, **written)
+                return out
+
+            calls.append(step)
+        return self._variant(calls, first, label)
+
+    def _draw(self, columns: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator(self.device).manual_seed(0)
+        for _ in range(self.sets):
+            shape = (self.case.dims["out"], columns)
+            yield tuple(torch.randn(shape, generator=generator, device=self.device) for _ in range(2))
+
+    def _variant(self, calls: list[Callable], first: list[torch.Tensor], label: str) -> Variant:
+        start, grad, parameter = first
+
+        def canon(out: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+            return dict(zip(("param", "operand", "operand_t"), out, strict=False)) | {"start": start, "grad": grad}
+
+        return Variant(calls, canon, label=label, restore=lambda: parameter.data.copy_(start))
 
     def check(self, outputs: dict[str, torch.Tensor]) -> str | None:
-        grad = outputs["grad"].double()
+        grad, param = outputs["grad"].double(), outputs["param"]
         exact = outputs["start"].double() - LEARNING_RATE * grad / (grad.abs() + 1e-8)
-        gate.at_most(float((outputs["param"].double() - exact).abs().max()), 1e-6, "param: the largest error")
+        gate.at_most(float((param.double() - exact).abs().max()), 1e-6, "param: the largest error")
+        if "operand" in outputs:
+            expected = SparseWeight(self.ids, param.contiguous()).operands(torch.bfloat16)
+            gate.equal(outputs["operand"], expected.values, "operand")
+            gate.equal(outputs["operand_t"], expected.values_t, "operand_t")
         return None
 
 
@@ -67,15 +101,18 @@ class ModelProblem:
     def __init__(self, case: Case, device: torch.device, sets: int) -> None:
         self.case, self.device, self.sets = case, device, 1
         torch.manual_seed(0)
-        self.model, self.spec = stack(case.dims["model"])
-        self.model.to(device)
+        with device:  # drawn there: the host would take seconds for a large model
+            self.model, self.spec = stack(case.dims["model"])
         self.batch = random_batch(self.spec, device)
 
     def variant(self, convert: Callable[[nn.Module], nn.Module], label: str) -> Variant:
-        """Steps of ``convert(copy of the model)``; its loss before the first step is compared with the float32 one."""
+        """Steps of ``convert(copy of the model)``; its loss before the first step is compared with the float32 one.
+
+        The same rule updates all parameters of all providers; sparse layers get our kernel, the others torch's fused one.
+        """
         model = convert(copy.deepcopy(self.model))
-        cuda = self.device.type == "cuda"
-        optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=cuda, capturable=cuda)
+        options = {"lr": LEARNING_RATE, "weight_decay": 0.0, "capturable": self.device.type == "cuda"}
+        optimizer = FusedAdamW(model.parameters(), model=model, **options)
         plain = copy.deepcopy(getattr(model, "_orig_mod", model))
         densify_(plain)
         with torch.no_grad():

@@ -6,6 +6,7 @@ one provider are gated one by one, and the fastest right one is kept.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -28,6 +29,7 @@ MODULES = {
     "eager": "eager",
     "mma_twin": "mma_twin",
     "compile": "compiled",
+    "chts_compile": "chts_compiled",
 }
 """Provider name in the results -> module of this package."""
 
@@ -44,7 +46,8 @@ _PROVIDERS: dict[str, tuple[str, ...]] = {
     "pack": ("chts", "cusparselt"),
     "topology": ("chts", "eager"),
     "optimizer": ("chts", "eager"),
-    "model": ("chts", "cublas", "torch24", "compile"),
+    "model/step": ("chts", "cublas", "torch24", "chts_compile", "compile"),
+    "model/step_mvue": ("chts", "cublas", "chts_compile", "compile"),
     "host/forward": ("chts", "cublas", "cusparselt", "torch24"),
     "host/input_grad": ("chts", "cublas", "cusparselt", "torch24"),
     "host/layer": ("chts", "cublas", "torch24"),
@@ -56,7 +59,12 @@ _PROVIDERS: dict[str, tuple[str, ...]] = {
 def names(case: Case) -> list[str]:
     """The providers that have something to say on a case; those whose module is not part of this checkout are left out."""
     found = _PROVIDERS.get(f"{case.suite}/{case.op}") or _PROVIDERS[case.suite]
-    return [name for name in found if importlib.util.find_spec(f"{__name__}.{MODULES[name]}")]
+    return [name for name in found if _exists(MODULES[name])]
+
+
+@functools.cache
+def _exists(module: str) -> bool:
+    return importlib.util.find_spec(f"{__name__}.{module}") is not None
 
 
 def builder(name: str) -> Callable[[Problem, str], list[Variant]]:

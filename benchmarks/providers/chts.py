@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.problems import Problem
 from benchmarks.problems.linear import LinearInputs, LinearProblem
 from benchmarks.problems.matrix import OPERANDS, PackProblem, PruneProblem
 from benchmarks.problems.topology import ModelUpdateProblem, TopologyProblem
 from benchmarks.problems.training import ModelProblem, OptimizerProblem
-from benchmarks.providers import chts_mvue, chts_topology, implementation
+from benchmarks.providers import chts_compiled, chts_mvue, chts_topology, implementation
 from benchmarks.providers.cublas import no_grad
 from benchmarks.timing import Variant
 from chts_kernels import input_grad, pack, pack_operands_, prune, spmm, weight_grad
@@ -22,7 +21,6 @@ from chts_kernels.ops.pack import PACK, PACK_OPERANDS_, empty_operands
 from chts_kernels.ops.prune import PRUNE
 from chts_kernels.ops.spmm import INPUT_GRAD, SPMM
 from chts_kernels.ops.weight_grad import WEIGHT_GRAD
-from chts_train import SparsityConfig, sparsify_
 
 
 def build(problem: Problem, impl: str) -> list[Variant]:
@@ -38,15 +36,9 @@ def build(problem: Problem, impl: str) -> list[Variant]:
     if isinstance(problem, PackProblem):
         return [_pack(problem, impl)]
     if isinstance(problem, OptimizerProblem):
-        variant = problem.variant(problem.case.dims["in"] // 2, "torch's fused Adam on the links")
-        return [variant]
+        return [problem.links("operands included", impl)]
     assert isinstance(problem, ModelProblem)
-
-    def convert(model: nn.Module) -> nn.Module:
-        sparsify_(model, SparsityConfig(impl=impl))
-        return model
-
-    return [problem.variant(convert, "2:4, ")]
+    return [problem.variant(lambda model: chts_compiled.sparse(problem, model, impl), "2:4, ")]
 
 
 def _product(problem: LinearProblem, impl: str) -> Variant:

@@ -18,7 +18,7 @@ def build(problem: Problem, impl: str) -> list[Variant]:
     if isinstance(problem, PruneProblem):
         return [_prune(problem)]
     if isinstance(problem, OptimizerProblem):
-        return [problem.variant(problem.case.dims["in"], "torch's fused Adam on the dense weight")]
+        return [problem.dense("torch's fused AdamW on the dense weight")]
     from benchmarks.providers import eager_topology
 
     return eager_topology.build(problem)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 from .. import check
 
@@ -29,8 +30,8 @@ class Implementation:
 
 
 class Op:
-    """A ``chts::`` operator. Calling it in eager mode goes straight to the implementation; under ``torch.compile``, fake
-    tensors or any other dispatch mode it goes through ``torch.ops.chts``.
+    """A ``chts::`` operator. Calling it in eager mode goes straight to the implementation; under ``torch.compile``, a
+    profiler, fake tensors or any other dispatch mode it goes through ``torch.ops.chts``.
 
     Args:
         schema: the operator's schema without the trailing ``impl`` argument, as in ``"unpack(Tensor values, ...) -> Tensor"``.
@@ -114,6 +115,9 @@ class Op:
     def __call__(self, *args: Any, impl: str = "auto") -> Any:
         if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return self.overload(*args, impl=impl)
+        if profiler._is_profiler_enabled:  # through the dispatcher every op has its name there, and its NVTX range
+            with torch.no_grad():
+                return self.overload(*args, impl=impl)
         return self._run(*args, impl=impl)
 
     def _run(self, *args: Any, impl: str = "auto") -> Any:

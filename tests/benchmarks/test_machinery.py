@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import supervise
-from benchmarks.measure import Entry, Plan, measure
+from benchmarks import problems, supervise
+from benchmarks.cases import select
+from benchmarks.cost import touched_bytes
+from benchmarks.measure import Entry, Plan, measure, pick
+from benchmarks.precompile import first_call, precompile, tasks
 from benchmarks.providers import cusparselt
 from benchmarks.timing import CudaTimer, Variant
 
@@ -135,6 +138,47 @@ def test_every_accepted_algorithm_id_is_found(monkeypatch: pytest.MonkeyPatch) -
     assert tried[-1] == 5 + cusparselt.REFUSED
 
 
+def test_close_variants_are_captured_and_timed_in_turns(fake_cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = {"a": 1.0, "b": 1.1, "c": 2.0, "d": 1.2, "e": 1.25}
+    finals = {"a": 1.0, "b": 0.8, "d": 0.9, "e": 1.1}
+    clock, seen = CudaTimer(), []
+    monkeypatch.setattr(clock, "trial", lambda variant: looks[variant.label])
+    monkeypatch.setattr(clock, "prepare", lambda variant, calls: variant)
+
+    def stretch(variant: Variant, seconds: float) -> tuple[list[float], None]:
+        seen.append(variant.label)
+        return [finals[variant.label]], None
+
+    monkeypatch.setattr(clock, "stretch", stretch)
+    best, trials = pick([Variant([], dict, label=label) for label in looks], clock)
+    assert best.label == "b" and trials == looks | finals
+    assert seen == ["a", "b", "d", "e", "e", "d", "b", "a"], "the slow one is out, and the turns go both ways"
+
+
+def test_kernels_are_compiled_ahead_in_other_processes() -> None:
+    cases = select(["linear.forward", "linear.weight_grad", "pack.pack", "topology.remove", "model"], ["tiny"])
+    wanted, said = tasks(cases), []
+    assert len(wanted) == 2 * 2 + 1 + 1 + 2 * 2, "of what depends on no shape one is enough"
+    assert precompile(cases, "auto", 2, say=said.append) > 0
+    assert said[-1].startswith(f"kernels of {len(wanted)} of {len(wanted)} cases compiled ahead")
+    assert precompile(cases, "auto", 0) == precompile(cases[:1], "auto", 2) == 0.0
+    assert precompile(cases, "auto", 2, limit_s=0.0, say=said.append) < 10 and "kernels of 0 of" in said[-1]
+    assert first_call((cases[0], "auto")) is None
+    assert "impl" in first_call((cases[0], "no such"))
+
+
+def test_sets_exceed_three_times_the_cache_or_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problems, "l2_bytes", lambda: 50 << 20)
+    device = torch.device("cuda")
+    for case in select(["linear", "pack", "prune", "topology", "optimizer"]):
+        sets = problems.sets_for(case, device)
+        size = touched_bytes(case)
+        enough = size is None or sets * size >= 3 * (50 << 20)
+        assert enough == (problems.rotation_note(case, sets) == "")
+        assert enough or sets in (problems.MOST_SETS, problems.MOST_TOPOLOGY_SETS), case.id
+        assert enough or case.suite != "linear", case.id
+
+
 def test_structures_for_cusparselt_are_aligned() -> None:
     import ctypes
 
@@ -163,7 +207,7 @@ def test_a_crash_is_followed_by_another_worker(monkeypatch: pytest.MonkeyPatch) 
     ends = iter([(-11, "was ended by signal 11"), (0, "")])
     commands = []
 
-    def watch(command: list[str], environment: dict[str, str], marker: Path) -> tuple[int, str]:
+    def watch(command: list[str], environment: dict[str, str], marker: Path, hang_s: float) -> tuple[int, str]:
         commands.append((command, environment[supervise.EARLIER]))
         return next(ends)
 

@@ -11,7 +11,7 @@ from benchmarks.cases import Case
 from benchmarks.cli import main
 from benchmarks.compare import compare
 from benchmarks.cost import flops, least_bytes
-from benchmarks.results import Results, default_path, resolve_path
+from benchmarks.results import Results, default_path, resolve_path, trials_note
 from benchmarks.view import View, geomean
 from tests.benchmarks.synthetic import made_up
 
@@ -87,6 +87,40 @@ def test_compare_finds_losses_and_nothing_in_equal_files(tmp_path: Path, capsys:
         made_up(tmp_path / f"{name}.json", factor).save()
     assert main(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 1
     assert "geomean of" in capsys.readouterr().out
+
+
+def test_parts_of_one_measurement_become_one_file(tmp_path: Path) -> None:
+    whole = made_up()
+    half = len(whole.rows) // 2
+    session = whole.environment["sessions"]
+    for name, rows in (("a", whole.rows[: half + 1]), ("b", whole.rows[half:])):
+        Results(whole.environment, rows, tmp_path / f"{name}.json").save()
+    out = tmp_path / "whole.json"
+    assert main(["merge", str(tmp_path / "a.json"), str(tmp_path / "b.json"), "--out", str(out)]) == 0
+    merged = Results.load(out)
+    assert merged.rows == whole.rows and merged.environment["sessions"] == session * 2
+    Results(whole.environment | {"kernel_hash": "other"}, whole.rows, tmp_path / "c.json").save()
+    assert main(["merge", str(tmp_path / "a.json"), str(tmp_path / "c.json"), "--out", str(out)]) == 2
+
+
+def test_both_precisions_of_the_eager_update_are_shown() -> None:
+    results = made_up()
+    for row in results.rows:
+        if row.suite == "topology" and row.provider == "eager":
+            row.note += "; " + trials_note({"fp32": 3.0, "tf32": 2.0})
+    view = View(results)
+    table = report.part("topology", view)[0]
+    case = next(c for c in view.cases("topology", "update") if c.dims == {"out": 4096, "in": 4096})
+    line = next(row for row in table.rows if row[:2] == ["update", "4096x4096"])
+    assert line[3] == "3 ms" and line[6] == f"{3 / view.ms(case, 'chts'):.2f}x"
+    assert view.row(case, "eager").trials == {"fp32": 3.0, "tf32": 2.0} and view.row(case, "chts").trials == {}
+
+
+def test_the_summary_has_means_of_the_products_and_the_update() -> None:
+    (table,) = report.part("summary", View(made_up()))
+    assert ["y = x W^T", "L, 6 shapes, sustained"] in [row[:2] for row in table.rows]
+    assert "topology update, operands included" in [row[0] for row in table.rows]
+    assert report.part("summary", View(Results())) == []
 
 
 def test_compare_counts_a_case_that_no_longer_runs(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from benchmarks import environment, providers, runner
 from benchmarks.cases import OPS, select
 from benchmarks.cli import main
 from benchmarks.gate import GateError
-from benchmarks.measure import Budget, DeviceLost, Plan
+from benchmarks.measure import Budget, DeviceLost, Plan, Work
 from benchmarks.results import DIED, Results, Row
 from benchmarks.timing import Variant
 
@@ -66,7 +67,7 @@ def test_every_suite_and_operation_has_rows_of_the_schema(finished: Path) -> Non
 @cpu_only
 def test_ours_runs_everywhere_and_competitors_say_why_they_cannot(finished: Path) -> None:
     rows = Results.load(finished).rows
-    ours = [row for row in rows if row.provider == "chts" and not row.op.endswith("_mvue")]
+    ours = [row for row in rows if row.provider == "chts"]
     assert not [row for row in ours if row.error]
     reasons = {row.provider: row.error for row in rows if row.error and row.provider != "chts"}
     assert reasons.keys() >= {"cusparselt", "torch24"} and all("needs a CUDA device" in r for r in reasons.values())
@@ -112,7 +113,7 @@ def test_an_unknown_name_is_an_error_with_the_choices(capsys: pytest.CaptureFixt
 def test_shapes_reach_the_suites_that_they_fit() -> None:
     assert {c.suite for c in select(shapes=["4096x4096"])} == {"prune", "pack", "topology", "optimizer", "host"}
     sixty = select(["linear.forward", "topology", "model"], ["llama-60m"])
-    assert [c.dims for c in sixty if c.suite == "model"] == [{"model": "llama-60m"}]
+    assert [(c.op, c.dims) for c in sixty if c.suite == "model"] == [(op, {"model": "llama-60m"}) for op in OPS["model"]]
     assert {"model": "llama-60m"} in [c.dims for c in sixty if c.suite == "topology" and c.op == "update"]
     assert len(select(["linear.forward"], ["S", "L"])) == 12
     assert len(select(["linear.forward"], ["S", "S"], ["bf16", "fp16"])) == 12
@@ -207,14 +208,51 @@ def test_no_budget_leaves_cases_for_later() -> None:
 
 
 def test_a_budget_is_shared_by_the_cases_to_come() -> None:
+    large = Work("linear", "forward", True, 4)
     budget = Budget(100.0)
-    plenty = budget.next([("linear", True, 4)])
-    scarce = budget.next([("linear", True, 4)] * 60)
-    assert plenty == Plan() and scarce.sustain_s < plenty.sustain_s and scarce.bursts < plenty.bursts
-    budget.learn("linear", 60.0, 1.0)
-    assert budget.next([("linear", True, 4)] * 60).sustain_s <= scarce.sustain_s
-    assert Budget(20.0).next([("model", False, 2)]) is not None
-    assert Budget(2.0).next([("model", False, 2)]) is None
+    plenty = budget.next([large])
+    scarce = budget.next([large] * 60)
+    assert plenty == Plan() and scarce.rounds < plenty.rounds and scarce.short_s < plenty.short_s
+    assert scarce.sustain_s == plenty.sustain_s, "fewer stretches, but long enough to settle"
+    budget.learn(large, 60.0, 1.0)
+    assert budget.next([large] * 60).short_s <= scarce.short_s
+    assert budget.preparation(Work("linear", "layer", True, 4)) == 59.0, "another operation of the suite is the best guess"
+    assert Budget(20.0).next([Work("model", "step", False, 2)]) is not None
+    assert Budget(2.0).next([Work("model", "step", False, 2)]) is None
+
+
+def test_every_suite_gets_rows_when_time_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    budget = Budget(30.0)
+
+    def case(job, *arguments) -> list[Row]:
+        now[0] += 2.0
+        return [Row.of(job.case, name, gpu_ms=1.0) for name in job.names]
+
+    monkeypatch.setattr(runner, "_case", case)
+    cases = select(["linear", "prune", "topology", "host"], ["S", "4096x4096"])
+    results = Results()
+    left = runner.run(cases, results, torch.device("cpu"), budget, runner.Options())
+    suites = [row.suite for row in results.rows if row.provider == "chts"]
+    assert set(suites) == {"linear", "prune", "topology", "host"} and suites.count("linear") > suites.count("host")
+    assert now[0] <= 30.0 and 12 <= len(suites) < len(cases) and left
+    assert left == [c for c in cases if c in left], "what is left keeps its order"
+
+
+def test_the_most_wanted_comes_first_and_the_slow_providers_last() -> None:
+    cases = select()
+    assert {c.op for c in cases[:36]} == {"forward", "input_grad", "weight_grad"} and cases[0].dims["tokens"] == 2048
+    assert cases[36].suite == "topology" and cases[-1].suite == "linear" and cases[-1].dims["tokens"] == 4096
+    jobs = runner.Options(twin=False).jobs(cases, Results(), split=True)
+    late = [index for index, job in enumerate(jobs) if job.apart]
+    assert late == list(range(len(jobs) - len(late), len(jobs))) and "compile" in jobs[-1].names
+    assert not any(set(job.names) & set(runner.LATE) for job in jobs if not job.apart and job.case.suite == "linear")
+    assert not any("mma_twin" in job.names for job in jobs)
+    whole = runner.Options(twin=False).jobs(cases, Results(), split=False)
+    assert [job.case for job in whole] == cases
+    done = Results(rows=[Row.of(job.case, name) for job in jobs[:5] for name in job.names])
+    assert runner.Options(twin=False).jobs(cases, done, split=True) == jobs[5:], "what has its rows is not done again"
 
 
 def test_the_gate_refuses_nan_and_wrong_shapes() -> None:

@@ -8,7 +8,8 @@ import pickle
 import pytest
 import torch
 
-from chts_kernels import SparseWeight
+from chts_kernels import SparseWeight, freshness
+from chts_kernels.cuda_driver import capture_id
 from chts_kernels.freshness import Freshness
 from chts_train import SparseLinear, STELinear
 
@@ -94,3 +95,113 @@ def test_a_replayed_capture_does_not_leave_stale_operands_behind():
         torch.testing.assert_close(layer.values.detach(), before * 2)
         with torch.no_grad():
             torch.testing.assert_close(layer(x), captured * 2, rtol=2e-2, atol=2e-2)
+
+
+# --- captures: what was derived in one counts as fresh until its end, and nowhere else ---------------------------------
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """A stand-in for the capture under way: set ``capture[0]`` to its id, or None."""
+    now = [None]
+    monkeypatch.setattr(freshness, "_capture", lambda tensor: now[0])
+    return now
+
+
+def test_what_a_capture_derived_is_fresh_in_it_and_nowhere_else(capture):
+    a, f = torch.zeros(4), Freshness()
+    f.mark((a,))
+    capture[0] = 7
+    assert not f.holds((a,)), "a graph must derive for itself: its replays may find other tensors"
+    f.mark((a,), "bf16")
+    assert f.holds((a,), "bf16") and not f.holds((a,), "fp16")
+    capture[0] = 8
+    assert not f.holds((a,), "bf16")
+    capture[0] = None
+    assert not f.holds((a,), "bf16")
+    f.mark((a,))
+    assert not f.holds((a,)), "a replay may change the tensor and what was derived at any time"
+    capture[0] = 7
+    assert not f.holds((a,))
+
+
+def test_changes_inside_a_capture_outdate(capture):
+    parameter, f = torch.nn.Parameter(torch.zeros(4)), Freshness()
+    capture[0] = 7
+    f.mark((parameter,))
+    with torch.no_grad():
+        parameter.add_(1)
+    assert not f.holds((parameter,))
+    f.mark((parameter,))
+    parameter.grad = torch.ones(4)
+    torch.optim.SGD([parameter], lr=0.1, fused=True).step()
+    assert not f.holds((parameter,))
+
+
+class _Packs:
+    """Counts the packings of operands."""
+
+    def __init__(self, monkeypatch):
+        import chts_kernels.format
+
+        self.count, self.pack = 0, chts_kernels.format.PACK_OPERANDS_
+        monkeypatch.setattr(chts_kernels.format, "PACK_OPERANDS_", self)
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        return self.pack(*args, **kwargs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_captured_training_step_packs_once_a_step_and_accumulates(monkeypatch, steps):
+    """Two micro-batches and an optimizer step, `steps` times in one graph, replayed three times, against eager."""
+
+    def build():
+        torch.manual_seed(3)
+        layer = SparseLinear(64, 128, bias=False, device="cuda")
+        return layer, torch.optim.Adam(layer.parameters(), lr=1e-2, fused=True, capturable=True)
+
+    batches = [torch.randn(32, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+
+    def step(layer, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+        for x in batches:
+            layer(x.detach().requires_grad_()).float().square().mean().backward()
+        optimizer.step()
+
+    eager, optimizer = build()
+    captured, captured_optimizer = build()
+    captured.load_state_dict(eager.state_dict())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for layer in (captured, eager):
+            layer.values.grad = torch.zeros_like(layer.values)
+        step(captured, captured_optimizer)
+    torch.cuda.current_stream().wait_stream(stream)
+    step(eager, optimizer)
+    graph, packs = torch.cuda.CUDAGraph(), _Packs(monkeypatch)
+    with torch.cuda.graph(graph):
+        for _ in range(steps):
+            step(captured, captured_optimizer)
+    assert packs.count == steps
+    for _ in range(3):
+        graph.replay()
+        for _ in range(steps):
+            step(eager, optimizer)
+    torch.testing.assert_close(captured.values, eager.values, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(captured(batches[0]), eager(batches[0]), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_the_id_of_a_capture():
+    stream = torch.cuda.Stream()
+    seen = []
+    for _ in range(2):
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+            torch.zeros(1, device="cuda")
+            seen += [capture_id(torch.cuda.current_stream().cuda_stream) for _ in range(2)]
+    assert seen[0] == seen[1] != seen[2] == seen[3] and None not in seen
+    assert capture_id(stream.cuda_stream) is None

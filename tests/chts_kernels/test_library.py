@@ -37,6 +37,10 @@ def samples(n: int) -> dict[str, list[tuple]]:
         "spmm": [(x, w.values, w.ids, n, dy[0].clone(), None, None), (x[:0], w.values, w.ids, n, None, None, None)],
         "input_grad": [(dy, w.values, w.ids, n, None, None), (dy[:0], w.values, w.ids, n, None, None)],
         "weight_grad": [(dy, x, w.ids, n, torch.float32), (dy.bfloat16(), x.bfloat16(), w.ids, n, torch.float32)],
+        "weight_grad_mvue": [
+            (dy, x, w.ids, n, torch.float32, 1, 2, 3, None),
+            (dy.bfloat16(), x.bfloat16(), w.ids, n, torch.float32, 1, 2, 3, torch.tensor([4])),
+        ],
         "remove": [(w.values, w.ids, n, 0.1, 1.0, "soft", 1, 2, 3), (w.values, w.ids, n, 0.1, 1.0, "hard", 0, 0, 0)],
         "score": [(survivors, torch.float32), (survivors, torch.float64)],
         "regrow": [
@@ -44,8 +48,17 @@ def samples(n: int) -> dict[str, list[tuple]]:
             (strided, survivors, n, "greedy", 0, 0, 0),
             (None, survivors, n, "random", 1, 2, 3),
         ],
+        "adamw_": [adamw_arguments(w, moments, operands), adamw_arguments(w, [m.bfloat16() for m in moments], None)],
         "carry_over_": [(moments, w.ids, random_ids(8, 12, n, seed=9), n)],
     }
+
+
+def adamw_arguments(w: SparseWeight, moments: list[torch.Tensor], operands: list[torch.Tensor] | None) -> tuple:
+    tensors = ([t] for t in (w.values.clone(), random_tensor(w.values.shape), moments[0], moments[1].abs(), torch.ones(()), w.ids))
+    written = ([operands[0]], [operands[2]]) if operands else ([], [])
+    low = moments[0].dtype == torch.bfloat16
+    rate, scale, found_inf = (torch.tensor(v) if low else None for v in (0.1, 2.0, 0.0))
+    return *tensors, w.n, *written, [3], rate, 0.1, 0.9, 0.99, 1e-8, 0.1, False, scale, found_inf, 7 if low else None
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
@@ -159,6 +172,29 @@ def test_the_graph_holds_the_ops_and_nothing_dense() -> None:
     ops = [name for name in seen if name.startswith("chts")]
     assert ops == ["chts.spmm.default", "chts.input_grad.default", "chts.weight_grad.default"]
     assert not any("scatter" in name or name.startswith("aten.mm") for name in seen)
+
+
+@BOTH
+def test_a_compiled_graph_packs_once_for_both_passes(n: int, monkeypatch) -> None:
+    """Where a kernel is going to read operands; here the reference, which ignores them."""
+    from chts_kernels.ops import spmm as module
+
+    packed: list[torch.Tensor] = []
+    pack = module._packed
+    w, x = random_weight(16, 24, n), random_tensor((5, 24)).half()
+    w = SparseWeight(w.ids, w.values.half(), n)
+
+    def layer(x, ids, values, bias):
+        return spmm(x, SparseWeight(ids, values, n), bias)
+
+    expected = run(layer, x, w, None)
+    monkeypatch.setattr(module, "_reads_operands", lambda x, impl: True)
+    monkeypatch.setattr(module, "_packed", lambda *args: packed.append(None) or pack(*args))  # traced: once in all
+    for got, wanted in zip(run(compiled(layer), x, w, None), expected, strict=True):
+        assert_bitwise_equal(got, wanted)
+    assert len(packed) <= 1
+    for got, wanted in zip(run(torch.compile(layer, fullgraph=True), x, w, None), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-2)
 
 
 @BOTH

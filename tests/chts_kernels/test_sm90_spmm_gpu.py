@@ -1,7 +1,9 @@
-"""The sm_90 sparse product on the device, against dense products in float64 and torch's own low-precision ones."""
+"""The sparse products of sm_90 and of Ampere-class tensor cores on the device, against dense products in float64 and torch's own
+low-precision ones."""
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 
 from chts_kernels import testing
 from chts_kernels.format import SparseWeight
-from chts_kernels.ops.spmm import sm90_launch, sm90_wgmma_sp
+from chts_kernels.ops.spmm import mma_config, mma_launch, sm90_launch, sm90_wgmma_sp
+from chts_kernels.ops.spmm.mma_sp import spmm_mma
+from chts_kernels.ops.spmm.mma_sp import why_not as why_not_mma
 from chts_kernels.ops.spmm.sm90_config import CONFIGS
 from chts_kernels.ops.spmm.sm90_wgmma_sp import spmm_sm90, why_not
 from chts_kernels.patterns import pattern_table
@@ -17,11 +21,29 @@ from chts_kernels.patterns import pattern_table
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.fixture(autouse=True)
-def _needs_sm90():
-    reason = why_not(torch.device("cuda"), BF16)
+PRODUCTS = {"wgmma_sp": (spmm_sm90, why_not), "mma_sp": (spmm_mma, why_not_mma)}
+
+
+def skip_without(impl):
+    reason = PRODUCTS[impl][1](torch.device("cuda"), BF16)
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(params=PRODUCTS)
+def product(request):
+    """The entry point of one family of kernels."""
+    skip_without(request.param)
+    return PRODUCTS[request.param][0]
+
+
+def configured(impl, name):
+    """The entry point with the configuration `name` of a family."""
+    skip_without(impl)
+    config = (CONFIGS if impl == "wgmma_sp" else mma_config.CONFIGS)[name]
+    if impl == "mma_sp" and (reason := mma_config.why_illegal(config, mma_launch.capability_of(0))):
+        pytest.skip(reason)
+    return functools.partial(PRODUCTS[impl][0], config=config)
 
 
 pytestmark = pytest.mark.gpu
@@ -41,21 +63,24 @@ def check(y, x, dense, bias=None):
 
 
 # Every combination compiles a kernel of its own: all configurations run in bf16, one of each kind in all dtypes.
-KINDS = ["128x256", "256x192", "256x192c2", "64x64"]
+KINDS = [("wgmma_sp", name) for name in ("128x256", "256x192", "256x192c2", "64x64")]
+KINDS += [("mma_sp", name) for name in ("256x128", "64x64")]
+EVERY = [*(("wgmma_sp", name) for name in CONFIGS), *(("mma_sp", name) for name in mma_config.CONFIGS)]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, BF16) for name in CONFIGS), *((name, FP16) for name in KINDS)], ids=str)
-def test_identity_returns_the_weight_bit_for_bit(name, dtype):
+@pytest.mark.parametrize(("impl", "name", "dtype"), [*((*c, BF16) for c in EVERY), *((*c, FP16) for c in KINDS)], ids=str)
+def test_identity_returns_the_weight_bit_for_bit(impl, name, dtype):
+    product = configured(impl, name)
     _, weight, dense, op = problem(1, 272, 720, dtype)
     eye = torch.eye(720, device="cuda", dtype=dtype)
     with testing.poison():
-        y = spmm_sm90(eye, op.values, op.meta, 272, config=CONFIGS[name])
-        back = spmm_sm90(torch.eye(272, device="cuda", dtype=dtype), op.values_t, op.meta_t, 720, config=CONFIGS[name])
+        y = product(eye, op.values, op.meta, 272)
+        back = product(torch.eye(272, device="cuda", dtype=dtype), op.values_t, op.meta_t, 720)
     testing.assert_bitwise_equal(y.t() + 0.0, dense + 0.0)     # -0 times 1 plus +0 is +0
     testing.assert_bitwise_equal(back + 0.0, dense + 0.0)
 
 
-def test_all_patterns_at_all_positions():
+def test_all_patterns_at_all_positions(product):
     """Block (i, j) has id (i * 7 + j * 13 + shift) % 90: over 90 shifts every id visits every place of a 64 x 64 slab."""
     rows, columns = 256, 192
     i, j = torch.arange(rows // 4, device="cuda")[:, None], torch.arange(columns // 4, device="cuda")[None]
@@ -64,43 +89,45 @@ def test_all_patterns_at_all_positions():
     for shift in range(len(pattern_table(2))):
         weight = SparseWeight(((i * 7 + j * 13 + shift) % 90).to(torch.uint8), values, 2)
         op = weight.operands(BF16)
-        assert torch.equal(spmm_sm90(eye, op.values, op.meta, rows).t(), weight.to_dense()), f"shift {shift}"
+        assert torch.equal(product(eye, op.values, op.meta, rows).t(), weight.to_dense()), f"shift {shift}"
 
 
 @pytest.mark.parametrize("n", [1, 2])
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("shape", [(1, 64, 64), (17, 16, 16), (4097, 768, 768), (1000, 1096, 512), (513, 528, 1376), (64, 20, 28),
                                    (33, 4, 4), (100, 1028, 516), (256, 4096, 4096)], ids=str)
-def test_products_and_their_transposes(shape, dtype, n):
+def test_products_and_their_transposes(product, shape, dtype, n):
     tokens, rows, columns = shape
     x, _, dense, op = problem(*shape, dtype, n=n)
     with testing.poison():
-        check(spmm_sm90(x, op.values, op.meta, rows), x, dense)
+        check(product(x, op.values, op.meta, rows), x, dense)
         dy = testing.random_tensor((tokens, rows), dtype, seed=9, device="cuda")
-        check(spmm_sm90(dy, op.values_t, op.meta_t, columns), dy, dense.t())
+        check(product(dy, op.values_t, op.meta_t, columns), dy, dense.t())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("impl", "name"), EVERY)
 @pytest.mark.parametrize("shape", [(1, 64, 64), (700, 1100, 396), (777, 1024, 4096), (3000, 2000, 208)], ids=str)
-def test_every_configuration(name, shape):
+def test_every_configuration(impl, name, shape):
+    product = configured(impl, name)
     x, _, dense, op = problem(*shape)
     with testing.poison():
-        check(spmm_sm90(x, op.values, op.meta, shape[1], config=CONFIGS[name]), x, dense)
+        check(product(x, op.values, op.meta, shape[1]), x, dense)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("impl", "name"), KINDS)
 @pytest.mark.parametrize(("dtype", "bias_dtype"), [(BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16)], ids=str)
-def test_bias(name, dtype, bias_dtype):
+def test_bias(impl, name, dtype, bias_dtype):
+    product = configured(impl, name)
     x, _, dense, op = problem(515, 524, 400, dtype)
     bias = testing.random_tensor((524,), bias_dtype, seed=5, device="cuda")
-    check(spmm_sm90(x, op.values, op.meta, 524, bias, config=CONFIGS[name]), x, dense, bias)
+    check(product(x, op.values, op.meta, 524, bias), x, dense, bias)
 
 
-def test_no_tokens_and_leading_dimensions():
+def test_no_tokens_and_leading_dimensions(product):
     x, _, dense, op = problem(24, 96, 128)
-    assert spmm_sm90(x[:0], op.values, op.meta, 96).shape == (0, 96)
-    assert spmm_sm90(x.view(2, 3, 4, 128), op.values, op.meta, 96).shape == (2, 3, 4, 96)
-    check(spmm_sm90(x.view(2, 3, 4, 128), op.values, op.meta, 96).view(24, 96), x, dense)
+    assert product(x[:0], op.values, op.meta, 96).shape == (0, 96)
+    assert product(x.view(2, 3, 4, 128), op.values, op.meta, 96).shape == (2, 3, 4, 96)
+    check(product(x.view(2, 3, 4, 128), op.values, op.meta, 96).view(24, 96), x, dense)
 
 
 @pytest.mark.parametrize(
@@ -115,70 +142,70 @@ def test_no_tokens_and_leading_dimensions():
         lambda x: x[5:6],
     ],
 )
-def test_strided_inputs(view):
+def test_strided_inputs(product, view):
     x, _, dense, op = problem(200, 272, 208)
     x = view(x)
-    check(spmm_sm90(x, op.values, op.meta, 272), x, dense)
+    check(product(x, op.values, op.meta, 272), x, dense)
 
 
-def test_output_argument():
+def test_output_argument(product):
     x, _, dense, op = problem(100, 264, 128)
     wide = torch.full((100, 300), float("nan"), device="cuda", dtype=BF16)
     for out in (wide[:, :264], wide[:, 4:268], torch.full((264, 100), float("nan"), device="cuda", dtype=BF16).t()):
-        assert spmm_sm90(x, op.values, op.meta, 264, out=out) is out
+        assert product(x, op.values, op.meta, 264, out=out) is out
         check(out, x, dense)
     assert wide[:, 268:].isnan().all()
     with pytest.raises(ValueError, match="out: must have shape"):
-        spmm_sm90(x, op.values, op.meta, 264, out=wide)
+        product(x, op.values, op.meta, 264, out=wide)
 
 
 @pytest.mark.parametrize("magnitude", testing.MAGNITUDES)
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-def test_magnitudes(magnitude, dtype):
+def test_magnitudes(product, magnitude, dtype):
     x, _, dense, op = problem(130, 144, 320, dtype, magnitude=magnitude)
-    check(spmm_sm90(x, op.values, op.meta, 144), x, dense)
+    check(product(x, op.values, op.meta, 144), x, dense)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_huge_and_tiny(scale):
+def test_huge_and_tiny(product, scale):
     x, _, dense, op = problem(130, 144, 320)
     x = x * scale
-    check(spmm_sm90(x, op.values, op.meta, 144), x, dense)
+    check(product(x, op.values, op.meta, 144), x, dense)
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
-def test_inf_and_nan_reach_exactly_the_linked_outputs(bad):
+def test_inf_and_nan_reach_exactly_the_linked_outputs(product, bad):
     x, weight, dense, op = problem(70, 96, 144)
     mask = SparseWeight(weight.ids, torch.ones_like(weight.values), 2).to_dense() != 0
     places = [(0, 0), (3, 5), (69, 143), (31, 64)]
     for t, k in places:
         x[t, k] = bad
-    y = spmm_sm90(x, op.values, op.meta, 96)
+    y = product(x, op.values, op.meta, 96)
     touched = torch.zeros(70, 96, dtype=torch.bool, device="cuda")
     for t, k in places:
         touched[t] |= mask[:, k]
     assert torch.equal(~y.isfinite(), touched)
 
 
-def test_repeats_are_bit_equal():
+def test_repeats_are_bit_equal(product):
     x, _, _, op = problem(2048, 1376, 1376)
-    first = spmm_sm90(x, op.values, op.meta, 1376)
+    first = product(x, op.values, op.meta, 1376)
     for _ in range(100):
-        assert torch.equal(spmm_sm90(x, op.values, op.meta, 1376), first)
+        assert torch.equal(product(x, op.values, op.meta, 1376), first)
 
 
-def test_cuda_graph_replays_with_new_inputs():
+def test_cuda_graph_replays_with_new_inputs(product):
     x, _, dense, op = problem(300, 512, 256)
     y = torch.empty(300, 512, device="cuda", dtype=BF16)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):             # kernels are compiled and loaded before the capture
-        spmm_sm90(spmm_sm90(x, op.values, op.meta, 512, out=y), op.values_t, op.meta_t, 256)
+        product(product(x, op.values, op.meta, 512, out=y), op.values_t, op.meta_t, 256)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        spmm_sm90(x, op.values, op.meta, 512, out=y)
-        z = spmm_sm90(y, op.values_t, op.meta_t, 256)
+        product(x, op.values, op.meta, 512, out=y)
+        z = product(y, op.values_t, op.meta_t, 256)
     for seed in (20, 21):
         x.copy_(testing.random_tensor((300, 256), BF16, seed=seed, device="cuda"))
         y.fill_(float("nan"))
@@ -187,29 +214,29 @@ def test_cuda_graph_replays_with_new_inputs():
         check(z, y, dense.t())
 
 
-def test_current_stream_is_used():
+def test_current_stream_is_used(product):
     x, _, dense, op = problem(4096, 512, 512)
-    spmm_sm90(x, op.values, op.meta, 512)
+    product(x, op.values, op.meta, 512)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     late = torch.empty_like(x)
     with torch.cuda.stream(stream):
         torch.cuda._sleep(20_000_000)           # the product must wait for this stream's copy
         late.copy_(x)
-        y = spmm_sm90(late, op.values, op.meta, 512)
+        y = product(late, op.values, op.meta, 512)
     stream.synchronize()
     check(y, x, dense)
 
 
-def test_threads_share_kernels():
+def test_threads_share_kernels(product):
     x, _, dense, op = problem(512, 512, 512)
-    expected = spmm_sm90(x, op.values, op.meta, 512)
+    expected = product(x, op.values, op.meta, 512)
     wrong = []
 
     def work(seed):
         mine = x.roll(seed, 0).contiguous()
         for _ in range(50):
-            if not torch.equal(spmm_sm90(mine, op.values, op.meta, 512), expected.roll(seed, 0)):
+            if not torch.equal(product(mine, op.values, op.meta, 512), expected.roll(seed, 0)):
                 wrong.append(seed)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
@@ -221,18 +248,20 @@ def test_threads_share_kernels():
 
 
 def test_map_cache_is_bounded(monkeypatch):
+    skip_without("wgmma_sp")
     monkeypatch.setattr(sm90_launch.Plan, "maps_limit", 8)
+    monkeypatch.setattr(sm90_launch.Plan, "calls_limit", 8)
     x, _, dense, op = problem(64, 64, 64)
     outs = [spmm_sm90(x, op.values, op.meta, 64) for _ in range(20)]
     plan = list(sm90_wgmma_sp._PLANS.values())[-1]
-    assert all(0 < len(maps) <= 8 for maps in plan.maps)
+    assert all(0 < len(maps) <= 8 for maps in plan.maps) and 0 < len(plan.calls) <= 8
     for y in outs:
         check(y, x, dense)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
-def test_two_devices_in_one_process():
+def test_two_devices_in_one_process(product):
     x, weight, dense, op = problem(300, 256, 256)
-    first = spmm_sm90(x, op.values, op.meta, 256)
-    second = spmm_sm90(x.to("cuda:1"), op.values.to("cuda:1"), op.meta.to("cuda:1"), 256)
+    first = product(x, op.values, op.meta, 256)
+    second = product(x.to("cuda:1"), op.values.to("cuda:1"), op.meta.to("cuda:1"), 256)
     assert second.device.index == 1 and torch.equal(second.cpu(), first.cpu())

@@ -94,6 +94,7 @@ def test_parameters_are_read_from_the_entry():
         (Sm90Config(128, 128, y_tokens=48), "divide bn"),
         (Sm90Config(128, 256, 5), "shared memory"),
         (Sm90Config(128, 128, group=0), "positive"),
+        (Sm90Config(64, 64, ahead=0), "ahead must be"),
     ],
 )
 def test_illegal_configurations_are_named(config, rule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chts_kernels import testing
+from chts_kernels import testing, weight_grad_mvue
 from chts_kernels.format import random_ids
 from chts_kernels.ops.pack.reference import pack
 from chts_kernels.ops.weight_grad import mvue, sm90_launch
@@ -18,6 +18,7 @@ from chts_kernels.patterns import pattern_table
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DENSE = [name for name, config in CONFIGS.items() if not config.sparse]
 SPARSE = [name for name, config in CONFIGS.items() if config.sparse]
+UNEQUAL = [(1536, 1152, 2048), (600, 2304, 2304)]
 DRAW = {"seed": 5, "layer": 1, "step": 9}
 
 pytestmark = pytest.mark.gpu
@@ -49,8 +50,9 @@ def divisions(shape, name):
 
 
 def test_whole_and_split_tiles():
-    """512 x 512 at 1024 tokens is cut along tokens; 2048 x 2048 leaves CTAs without work when it is."""
-    for shape in [(512, 512, 512), (1000, 1096, 520), (1024, 2048, 2048)]:
+    """512 x 512 at 1024 tokens is cut along tokens; 2048 x 2048 leaves CTAs without work when it is; of the last two shapes a CTA
+    gets several pieces of unequal length."""
+    for shape in [(512, 512, 512), (1000, 1096, 520), (1024, 2048, 2048), *UNEQUAL]:
         dy, x, ids = problem(*shape)
         for work in divisions(shape, "128x256"):
             for out_dtype in (FP32, BF16):
@@ -76,7 +78,7 @@ def test_mvue_prunes_like_the_reference(shape, dtype):
 @pytest.mark.parametrize("name", [SPARSE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SPARSE[1:])])
 @pytest.mark.parametrize("n", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_mvue_product(name, n):
-    for shape in [(1000, 1096, 520), (4097, 516, 512), (17, 64, 64), (8192, 512, 512)]:
+    for shape in [(1000, 1096, 520), (4097, 516, 512), (17, 64, 64), (8192, 512, 512), *UNEQUAL]:
         dy, x, ids = problem(*shape, n=n)
         pruned = mvue.expand(*mvue.prune(dy, **DRAW), shape[0])
         for work in divisions(shape, name):
@@ -92,6 +94,61 @@ def test_mvue_is_unbiased_on_the_device():
     draws = torch.stack([weight_grad_mvue_sm90(dy, x, ids, 2, seed=1, layer=0, step=step).double() for step in range(400)])
     deviation = (draws.mean(0) - exact) / (draws.std(0) / 400**0.5)
     assert deviation.abs().max() < 5.5 and deviation.square().mean().sqrt() < 1.15
+
+
+@pytest.mark.parametrize(("n", "dtype", "out_dtype"), [(2, BF16, FP32), (1, FP16, FP32), (1, BF16, BF16), (2, FP16, FP16)])
+def test_mvue_op_at_odd_sizes(n, dtype, out_dtype):
+    for shape in [(0, 64, 32), (1, 64, 64), (17, 16, 16), (4097, 772, 260), (64, 20, 28), (33, 4, 4), (100, 1028, 516)]:
+        dy, x, ids = problem(*shape, dtype, n)
+        pruned = mvue.expand(*mvue.prune(dy, **DRAW), shape[0])
+        with testing.poison():
+            result = weight_grad_mvue(dy, x, ids, n, **DRAW, out_dtype=out_dtype, impl="wgmma_sp")
+        assert result.dtype == out_dtype
+        check(result, pruned, x, ids, n)
+
+
+def test_mvue_of_strided_and_special_inputs():
+    dy, x = problem(300, 640, 400)[:2]
+    ids = random_ids(320, 264, 2, seed=3, device="cuda")
+    wide = testing.random_tensor((300, 400), BF16, seed=2, device="cuda")
+    dy[::2, 8:16], dy[5, 7], dy[6, 9] = 0, float("inf"), float("nan")
+    for left, right in [(dy[:, :320], wide[:, 8:272]), (dy[:, 3:323], wide[:, 1:265]), (dy.t()[:320].t(), wide[:, :264]),
+                        (dy[::3, 320:], wide[::3, :264])]:  # fmt: skip
+        result = weight_grad_mvue(left, right, ids, **DRAW, out_dtype=FP32)
+        pruned = mvue.expand(*mvue.prune(left, **DRAW), left.shape[0])
+        exact = pack(pruned.double().t() @ right.double(), ids, 2)
+        assert torch.equal(result.isfinite(), exact.isfinite())
+        finite = exact.isfinite()
+        testing.assert_no_worse_than(result[finite], exact[finite], exact[finite].to(BF16))
+
+
+def test_mvue_a_hundred_runs_are_bit_equal():
+    for shape in [(4096, 512, 512), (1000, 1096, 520)]:
+        dy, x, ids = problem(*shape)
+        for work in divisions(shape, SPARSE[0]):
+            first = weight_grad_mvue_sm90(dy, x, ids, 2, work=work, **DRAW)
+            out = torch.empty_like(first)
+            different = torch.zeros((), dtype=torch.int64, device="cuda")
+            for _ in range(100):
+                out.fill_(float("nan"))
+                weight_grad_mvue_sm90(dy, x, ids, 2, out, work=work, **DRAW)
+                different += (out != first).sum()
+            assert different.item() == 0
+
+
+def test_mvue_replays_of_a_graph_draw_anew():
+    dy, x, ids = problem(300, 128, 256)
+    counter = torch.tensor(1 << 32, device="cuda") - 2  # wraps on the way
+    expected = [weight_grad_mvue(dy, x, ids, seed=5, step=step % (1 << 32)) for step in range((1 << 32) - 2, (1 << 32) + 3)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = weight_grad_mvue(dy, x, ids, seed=5, counter=counter)
+        counter.add_(1)
+    for want in expected:
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, want)
+    assert not torch.equal(expected[0], expected[1])
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 64), (17, 16, 16), (4097, 768, 768), (64, 20, 28), (33, 4, 4), (100, 1028, 516)], ids=str)
@@ -202,7 +259,7 @@ def test_a_graph_sees_new_ids_and_gradients():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DENSE)
 def test_every_configuration(name):
-    for shape in [(1000, 1096, 520), (512, 512, 512), (1024, 2048, 2048)]:  # the last leaves CTAs without work when it is cut
+    for shape in [(1000, 1096, 520), (512, 512, 512), (1024, 2048, 2048), *UNEQUAL]:
         dy, x, ids = problem(*shape)
         for work in divisions(shape, name):
             with testing.poison():

@@ -53,6 +53,32 @@ def test_the_binary_holds_the_instructions(name, instruction):
     assert "UTMALDG.2D" in sass and "PRMT" in sass and "STL" not in sass and "MEMBAR.ALL.GPU" not in sass
 
 
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", ["128x256", "256x128", "sparse128x256"])
+def test_every_piece_has_its_own_number_of_blocks(name, split):
+    """Triton 3.6 replaced a loop-carried count of blocks by the first piece's: pieces of other lengths then hung the kernel.
+
+    In the optimised IR, what bounds the product loop inside the loop over pieces must come from a read inside that loop."""
+    code = launch.compile_variant(launch.Variant(CONFIGS[name], split, 2, BF16, BF16)).asm["ttgir"]
+    lines = code[: code.index("partition0")].splitlines()  # the MMA partition stands first
+    outer = next(i for i, line in enumerate(lines) if "scf.for" in line and "tensor<256x" in line)
+    inner = next(i for i, line in enumerate(lines) if i > outer and "scf.for" in line and "tensor<256x" in line)
+    loop = re.search(r"iter_args\((.*?)\) ->", lines[outer]).group(1)
+    indent = len(lines[outer]) - len(lines[outer].lstrip())
+    ends = next(line for line in lines[outer:] if line.startswith(" " * (indent + 2) + "scf.yield"))
+    yielded = ends.split("scf.yield")[1].split(" : ")[0]
+    carried = dict(zip((a.split(" = ")[0] for a in loop.split(", ")), (v.strip() for v in yielded.split(",")), strict=True))
+    reads = [line for line in lines[outer + 1 : inner + 400] if " = tt.elementwise_inline_asm" in line]
+    inside = {line.split(" = ")[0].strip().split(":")[0] for line in reads}
+    bound = re.search(r" to (\S+) step", lines[inner]).group(1)
+    while True:  # back to the value that the bound is made of
+        made = next((line for line in lines[:inner] if line.strip().startswith(f"{bound} = arith.")), None)
+        if made is None:
+            break
+        bound = re.search(r"= \S+ (\S+),", made).group(1)
+    assert re.fullmatch(r"(%\w+)#3", carried.get(bound, bound)).group(1) in inside
+
+
 def test_guards_fire_on_a_changed_artefact():
     config = CONFIGS["128x256"]
     ptx = launch.compile_variant(launch.Variant(config, *COMMON[1])).asm["ptx"]

@@ -27,6 +27,7 @@ BOTH = pytest.mark.parametrize("n", (1, 2))
 GPU_SHAPES = [(4, 4), (12, 20), (512, 512), (1376, 512), (2048, 768)]
 CPU_SHAPES = [(12, 20), (28, 132)]
 """The interpreter is slow; the second shape takes more than one tile."""
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")  # the interpreter takes ln 0 as numpy does
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
@@ -146,6 +147,81 @@ def test_scores_are_within_the_stated_bound(n: int, digits: int, device: str) ->
             exact = score_reference.score(survivors, torch.float64)
             error = (score_many(survivors[None], digits=digits)[0].double() - exact).abs()
             assert (error <= rounding_bound(survivors, digits)).all(), (rows, columns, zeta)
+
+
+def decompressed(values: torch.Tensor, metadata: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """int8 [rows, columns] from 2:4 values and the metadata of wgmma.sp m64nNk64 as PTX ISA defines it: lane 4 g + 2 c + h of warp w
+    holds row 16 w + 8 h + g, columns 32 c to 32 c + 31 of a k64 step."""
+    words = metadata[: rows * columns // 32].cpu().view(rows // 64, columns // 64, 4, 8, 2, 2).permute(0, 2, 5, 3, 1, 4)
+    nibbles = words.reshape(rows, columns // 32, 1) >> torch.arange(0, 32, 4, dtype=torch.int32) & 15
+    nibbles = nibbles.reshape(rows, columns // 4).long()
+    first, second = nibbles & 3, nibbles >> 2
+    assert (first < second).all()
+    pairs = values.cpu().view(rows, columns // 4, 2)
+    out = torch.zeros(rows, columns // 4, 4, dtype=torch.int8)
+    out.scatter_(2, torch.stack([first, second], 2), pairs)
+    return out.view(rows, columns)
+
+
+@BOTH
+def test_compressed_survivors_are_the_survivors(n: int, device: str) -> None:
+    from chts_kernels.ops.score import triton_score as kernels
+
+    rows, columns, layers = 140, 260, 2
+    w = random_weight(rows, columns, n, device=device)
+    survivors = torch.stack([survivors_of(w, zeta) for zeta in (0.1, 0.5)])
+    a, b = kernels.padded(rows), kernels.padded(columns)
+    elements = a * b
+    for digits in (1, 2):
+        operands = torch.zeros(layers * (a + b), (a + b) * digits, dtype=torch.int8, device=device)
+        zeroed = torch.zeros(layers * (a + b + 4), dtype=torch.int32, device=device)
+        degrees, state = zeroed[: layers * (a + b)].view(layers, -1), zeroed[layers * (a + b) :].view(layers, 4)
+        size = layers * kernels.compressed_bytes(a, b)
+        sides = [kernels._split(torch.zeros(size, dtype=torch.int8, device=device), layers * elements // 2) for _ in range(2)]
+        kernels.EXPAND(
+            a // 128 * (b // 128) * layers, survivors, operands, degrees, state, *sides[0], *sides[1], rows // 4, columns // 4,
+            a // 128, b // 128, layers, DIGITS=digits, SPARSE=True,
+        )  # fmt: skip
+        for layer in range(layers):
+            mask = torch.zeros(a, b, dtype=torch.int8)
+            mask[:rows, :columns] = score_reference.link_mask(survivors[layer], torch.int8).cpu()
+            for (values, metadata), matrix in zip(sides, (mask, mask.t()), strict=True):
+                of_layer = slice(layer * elements // 2, None), slice(layer * elements // 32, None)
+                got = decompressed(values[of_layer[0]][: elements // 2], metadata[of_layer[1]], *matrix.shape)
+                assert torch.equal(got, matrix)
+            assert torch.equal(degrees[layer].cpu(), torch.cat([mask.sum(1), mask.sum(0)]).int())
+            assert state[layer].tolist() == [int(mask.sum()), 0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "columns"), ((512, 1376), (1376, 512), (2048, 128), (260, 900)))
+def test_products_of_compressed_survivors(rows: int, columns: int) -> None:
+    """The same integers as the dense products. (Runs where these products are the default: see ``multiply.SPARSE``.)"""
+    from chts_kernels.ops.score import multiply, triton_score
+
+    if not (multiply.SPARSE and multiply.hopper(torch.device("cuda"))):
+        pytest.skip("the products with compressed survivors are not the default here")
+    survivors = torch.stack([survivors_of(random_weight(rows, columns, device="cuda"), zeta) for zeta in (0.1, 0.6)])
+    for digits in (1, 2):
+        scores = [triton_score.score_many(survivors, digits=digits, config=config) for config in ("sparse", "triton")]
+        assert torch.equal(*scores)
+
+
+@BOTH
+def test_operands_follow_an_update(n: int, device: str) -> None:
+    """Operands that were up to date are so afterwards, bit for bit; others are left to the next packing."""
+    for dtype in (torch.float32, torch.float16) if device == "cuda" else (torch.float16 if n == 1 else torch.float32,):
+        w, stale = (random_weight(72, 68, n, dtype, device=device) for _ in range(2))
+        operands, left = w.operands(torch.float16), stale.operands(torch.float16)
+        stale.values.mul_(2)
+        for step in (1, 2) if device == "cuda" else (1,):
+            evolve_many([w, stale], zeta=0.4, step=step, impl="triton")
+            assert operands.fresh(w.values, w.ids) and not left.fresh(stale.values, stale.ids)
+            anew = SparseWeight(w.ids, w.values, n).operands(torch.float16)
+            for name in ("values", "meta", "values_t", "meta_t"):
+                assert_bitwise_equal(getattr(operands, name), getattr(anew, name))
+        anew = SparseWeight(stale.ids, stale.values, n).operands(torch.float16)
+        assert_bitwise_equal(stale.operands(torch.float16).values_t, anew.values_t)
 
 
 def test_scores_of_structured_topologies(device: str) -> None:

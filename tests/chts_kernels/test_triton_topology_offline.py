@@ -46,7 +46,10 @@ def requests(monkeypatch: pytest.MonkeyPatch, n: int) -> list[tuple[BatchKernel,
     for digits in (1, 2):
         raw = triton_score.score_raw(survivors, digits=digits)
         triton_score.score_many(survivors, digits=digits)
-    old_ids, counters = regrow_many(raw, survivors, n, "soft", 1, pointers, 1, sizes=(32, 32, 32), in_place=True)
+    old_ids, counters = regrow_many(
+        raw, survivors, n, "soft", 1, pointers, 1, sizes=(32, 32, 32), in_place=True, refresh=(torch.float32, torch.bfloat16, 1)
+    )  # fmt: skip
+    regrow_many(None, survivors, n, "random", 1, pointers, 1, sizes=(16,), in_place=True, refresh=(torch.bfloat16, torch.bfloat16, 1))
     regrow_many(torch.zeros(1, 8, 8), survivors, n, "greedy", 1, pointers, 1)
     evolve_triton._stats(raw, survivors, old_ids, counters, n, 1)
     carry_over_([values, values.bfloat16(), values.double()], ids, ids, n)
@@ -80,7 +83,7 @@ def test_everything_compiles_and_nothing_spills(n, capability, monkeypatch, tmp_
         assert spilled(compiled.asm["cubin"], tmp_path) == 0, (kernel.function.__name__, key)
         assert int(compiled.metadata.shared) <= 99 * 1024  # what a block may have on 8.6, 8.9 and 12.0
         names.add(kernel.function.__name__)
-    assert len(names) == 13, names
+    assert len(names) == 14, names
 
 
 def hopper_kernels() -> Iterator[tuple[str, int, bool]]:
@@ -101,6 +104,42 @@ def test_the_hopper_product_multiplies_asynchronously(tmp_path) -> None:
         assert not re.search(r"C7\d\d\d", ptxas_log(compiled.asm["ptx"])), name
         assert spilled(compiled.asm["cubin"], tmp_path) == 0
         assert "wgmma.wait_group.sync.aligned 1" in compiled.asm["ptx"]
+
+
+def test_the_sparse_hopper_product_multiplies_asynchronously(tmp_path) -> None:
+    from chts_kernels.gluon_compat import ptxas_log
+    from chts_kernels.ops.score.sm90_products import COMPILER
+
+    for key in ((True, 1, False), (False, 1, False), (False, 1, True), (False, 2, False)):
+        ptx = COMPILER.compile(*key).asm["ptx"]
+        assert not re.search(r"C7\d\d\d", ptxas_log(ptx)), key
+        assert spilled(COMPILER.compile(*key).asm["cubin"], tmp_path) == 0
+        assert "wgmma.wait_group.sync.aligned 1" in ptx
+        assert "trap" in ptx  # no wait without an end
+
+
+def test_the_sparse_hopper_walk_covers_every_tile_once() -> None:
+    """``half_tile`` as plain arithmetic, and the number of tiles that the host counts."""
+    from chts_kernels.ops.score.sm90_products import half_tiles
+
+    for tiles in range(1, 40):
+        seen = []
+        for t in range(half_tiles(tiles)):
+            first, height = 0, min((tiles + 1) // 2, 8)
+            size = height * (height + 1) + (tiles - 2 * height) * height
+            while t >= size:
+                t, first = t - size, first + 8
+                height = min((tiles + 1) // 2 - first, 8)
+                size = height * (height + 1) + (tiles - 2 * first - 2 * height) * height
+            if t < height * (height + 1):
+                pair = sum(t >= i * (i + 1) for i in range(1, 8))
+                place = t - pair * (pair + 1)
+                row, column = place % (pair + 1), 2 * pair + place // (pair + 1)
+            else:
+                past = t - height * (height + 1)
+                row, column = past % height, 2 * height + past // height
+            seen.append((first + row, 2 * first + column))
+        assert sorted(seen) == [(m, j) for m in range((tiles + 1) // 2) for j in range(2 * m, tiles)]
 
 
 def test_the_hopper_walk_covers_every_tile_once() -> None:

@@ -5,6 +5,8 @@
 2. ``select``: one thread per listed block: 16 scores times their noise, all patterns that contain the survivors, the largest
    sum in the order of :func:`chts_kernels.ops.prune.reference.best_pattern`.
 3. ``move``, in a whole update: carry the values and moments of the listed blocks whose id changed.
+4. ``refresh``, where operands of the sparse tensor cores were up to date: update them for the same blocks
+   (:mod:`chts_kernels.ops.pack.triton_refresh`).
 
 Bytes: survivors and ids of all blocks, scores of the listed ones.
 """
@@ -22,8 +24,11 @@ import triton.language as tl
 
 from ... import rng_triton as noise
 from ...patterns import BLOCK, pattern_table
-from .._batch import BatchKernel, aligned, check_noise, on_device, table
+from .._batch import BatchKernel, aligned, check_noise, on_device, table, triton_type
 from ..carry_over.triton_carry_over import load_block, store_block, tensor_pointer
+from ..pack.triton_pack import block_table
+from ..pack.triton_refresh import REFRESH
+from ..prune.triton_select import best_pattern as best_of_positive
 from ..remove.triton_remove import bit_count
 from ..score.triton_score import Raw, raw_score, weight_range
 
@@ -94,8 +99,20 @@ def row_sums(a, b, c, d, N_LINKS: tl.constexpr):
 
 
 @triton.jit
-def best_pattern(rows, links, N_LINKS: tl.constexpr):
-    """Id of the largest sum among the patterns that contain ``links``; the lowest id wins a tie."""
+def best_pattern(x, links, N_LINKS: tl.constexpr, POSITIVE: tl.constexpr):
+    """Id of the largest sum of the 16 scores ``x`` among the patterns that contain ``links``; the lowest id wins a tie. POSITIVE: no
+    score is negative, and a third of the sums decides (:mod:`chts_kernels.ops.prune.triton_select`)."""
+    if POSITIVE:
+        return best_of_positive(x, links, N_LINKS, True)
+    else:
+        return best_of_any(x, links, N_LINKS)
+
+
+@triton.jit
+def best_of_any(x, links, N_LINKS: tl.constexpr):
+    rows = ()
+    for r in tl.static_range(4):
+        rows = rows + (row_sums(x[4 * r], x[4 * r + 1], x[4 * r + 2], x[4 * r + 3], N_LINKS),)
     best = tl.full(links.shape, float("-inf"), rows[0][0].dtype)
     best_id = links & 0
     PATTERNS: tl.constexpr = 90 if N_LINKS == 2 else 24
@@ -148,7 +165,7 @@ def select_kernel(
             column_ptr = degrees_ptr + rows_padded + j * 4
             d0, d1 = tl.load(column_ptr, mask=valid, other=0), tl.load(column_ptr + 1, mask=valid, other=0)
             d2, d3 = tl.load(column_ptr + 2, mask=valid, other=0), tl.load(column_ptr + 3, mask=valid, other=0)
-        rows = ()
+        noisy = ()
         plain = ()
         for r in tl.static_range(4):
             group = (i * 4 + r).to(tl.int64) * block_columns + j
@@ -163,7 +180,7 @@ def select_kernel(
                     s2 = raw_score(s2, row_degree, d2, links >> 4 * r + 2 & 1, origin, unit, QMAX)
                     s3 = raw_score(s3, row_degree, d3, links >> 4 * r + 3 & 1, origin, unit, QMAX)
                 if STATS:
-                    plain = plain + (row_sums(s0, s1, s2, s3, N_LINKS),)
+                    plain = plain + (s0, s1, s2, s3)
             if MODE != GREEDY:
                 w0, w1, w2, w3 = noise.random_words(group.to(tl.uint32), layer, step, noise.REGROW, key0, key1)
                 u0, u1, u2, u3 = noise.uniform(w0), noise.uniform(w1), noise.uniform(w2), noise.uniform(w3)
@@ -171,10 +188,10 @@ def select_kernel(
                     s0, s1, s2, s3 = s0 * u0, s1 * u1, s2 * u2, s3 * u3
                 else:
                     s0, s1, s2, s3 = u0, u1, u2, u3
-            rows = rows + (row_sums(s0, s1, s2, s3, N_LINKS),)
-        new = best_pattern(rows, links, N_LINKS)
+            noisy = noisy + (s0, s1, s2, s3)
+        new = best_pattern(noisy, links, N_LINKS, RAW or MODE == RANDOM)
         if STATS:
-            noise_changed += tl.sum((valid & (new != best_pattern(plain, links, N_LINKS))).to(tl.int32))
+            noise_changed += tl.sum((valid & (new != best_pattern(plain, links, N_LINKS, RAW))).to(tl.int32))
         tl.store(ids_ptr + block, new.to(tl.uint8), mask=valid)
         start += programs * BLOCKS
     if STATS:
@@ -234,6 +251,7 @@ def regrow_many(
     stats: bool = False,
     schedule: torch.Tensor | None = None,
     block: int = 128,
+    refresh: tuple[torch.dtype, torch.dtype, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, counters) of B layers of one shape.
 
@@ -245,6 +263,8 @@ def regrow_many(
         in_place: update ids, values and moments behind ``pointers``; the ids returned are then the old ones.
         stats: also search without noise and count the blocks that differ.
         schedule: float64 device tensor (zeta, temperature, step) that overrides ``step``.
+        refresh: with ``in_place``, (dtype of the values, dtype of the operands, row of ``pointers`` from which on the addresses of
+            operand, meta, operand_t and meta_t stand): update the operands.
 
     Returns:
         ids: uint8 [B, N/4, K/4]. counters: int32 [B, 4]: blocks with a choice, links that are new (``in_place``), blocks that
@@ -277,6 +297,13 @@ def regrow_many(
         MOVE(
             programs * layers, pointers, ids, listed, counters, patterns.tensor("mask16", device), *shape, programs,
             SIZES=tuple(sizes), N_LINKS=n, PATTERNS=len(patterns), BLOCKS=block, num_warps=warps,
+        )  # fmt: skip
+    if refresh is not None:
+        values_dtype, dtype, row = refresh
+        REFRESH(
+            programs * layers, pointers, ids, listed, counters, block_table(n, device), patterns.tensor("mask16", device), row,
+            block_rows, block_columns, layers, programs, VALUE_TYPE=triton_type(values_dtype), DTYPE=triton_type(dtype),
+            N_LINKS=n, COUNTERS=COUNTERS.value, BLOCKS=block, num_warps=warps,
         )  # fmt: skip
     return ids, counters
 

@@ -1,14 +1,15 @@
 """remove on a GPU: the exact k smallest keys of every layer of a batch, in one pass over the values, without a sort.
 
-1. ``sample``: exact keys of up to 65536 links, scattered over the matrix, into a histogram of 4096 fixed-width bins. The
-   last program to finish picks the bins [A, B] that hold the k-th smallest key, six standard deviations either way.
-2. ``classify``: the one pass. A cheap key (hardware logarithms, error below :func:`slack`) decides nearly every link: below
-   A it goes, above B it stays. What lies between, or too near an edge, is listed: about 2 % of the links.
+1. ``sample``: cheap keys (hardware logarithms, error below :func:`slack`) of up to 65536 links, scattered over the matrix, into a
+   histogram of 4096 fixed-width bins. The last program to finish picks the bins [A, B] that hold the k-th smallest key, six
+   standard deviations either way.
+2. ``classify``: the one pass. Cheap keys decide nearly every link: below A it goes, above B it stays. What lies between, or too
+   near an edge, is listed: about 2 % of the links.
 3. ``exact``: the exact keys of the listed links, and their histogram, 4096 bins between A and B.
 4. ``retry``: returns at once if the counts show that the k-th smallest key is in the window; else (one time in 10**8)
    lists every link.
 5. ``resolve``: listed links in lower bins than the k-th go, those in its bin (about 50) are listed once more; the last
-   program to finish removes the smallest of these by (key, index), exactly. More than 1024 of them (ties by the thousand)
+   program to finish removes the smallest of these by (key, index), exactly. More than 512 of them (ties by the thousand)
    go through an eight-bit radix selection on the 64-bit pair (key, index).
 
 So samples and approximations choose where to look, never what is removed. Counters are integers and lists are sets:
@@ -25,7 +26,6 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from ... import rng_triton as noise
 from ...patterns import BLOCK, pattern_table
@@ -35,15 +35,18 @@ BINS = tl.constexpr(4096)
 HEAD = tl.constexpr(16)  # int32 words of state per layer, before its three histograms
 LAYER_WORDS = tl.constexpr(16 + 3 * 4096)
 WINDOW_A, WINDOW_B, SAMPLED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-BELOW, COUNT, LOWER = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)
+LOWER, COUNT, BELOW = tl.constexpr(3), tl.constexpr(4), tl.constexpr(5)  # COUNT and BELOW: one 64-bit counter
 EQUAL, RESOLVED = tl.constexpr(6), tl.constexpr(7)
-SHORT_LIST = tl.constexpr(1024)
+SHORT_LIST = tl.constexpr(512)
 LN2, LOG2_LN2 = tl.constexpr(0.6931471805599453), tl.constexpr(-0.5287663729448977)
 BELOW_ONE = tl.constexpr(1.0 - 2.0**-24)
+TOO_LIKELY = tl.constexpr(0xFFC00000)  # words from here on: U so near 1 that its logarithm is not accurate
 SAMPLE_LINKS = 65536
 TILE = 256
-PROGRAMS = 264  # of exact and retry, over all layers
-RESOLVERS = 64  # programs of resolve, per layer
+BLOCKS_PER_THREAD = 2  # of classify
+PROGRAMS = 1056  # of exact, over all layers
+GROUPS = 256  # rows of blocks per program of sample
+RESOLVERS = 132  # programs of retry and resolve, over all layers
 
 
 @triton.jit
@@ -86,6 +89,28 @@ def word_of(words, bit):
 
 
 @triton.jit
+def link_word(words, nibble, slot: tl.constexpr, N_LINKS: tl.constexpr):
+    """The random word of link ``slot`` of a row whose active columns are the lowest four bits of ``nibble``."""
+    w0, w1, w2, w3 = words
+    if N_LINKS == 1:
+        return word_of(words, nibble & 15)
+    elif slot == 0:
+        return tl.where((nibble & 1) != 0, w0, tl.where((nibble & 2) != 0, w1, w2))
+    else:
+        return tl.where((nibble & 8) != 0, w3, tl.where((nibble & 4) != 0, w2, w1))
+
+
+@triton.jit
+def load_links(links_ptr, valid, N_LINKS: tl.constexpr):
+    """|values| of the links of a group of four columns, which begin at ``links_ptr``: a tuple of float32."""
+    if N_LINKS == 1:
+        return (tl.abs(tl.load(links_ptr, mask=valid, other=0.0)).to(tl.float32),)
+    else:
+        first, second = tl.split(tl.load(links_ptr[:, None] + tl.arange(0, 2)[None, :], mask=valid[:, None], other=0.0))
+        return tl.abs(first).to(tl.float32), tl.abs(second).to(tl.float32)
+
+
+@triton.jit
 def link_key(magnitude, bits, inv_temperature, SOFT: tl.constexpr):
     """float32 rank of a link; the smallest are removed (``rank_keys`` of the reference)."""
     if SOFT:
@@ -117,8 +142,21 @@ def fine_bin(position_, a, b):
 
 @triton.jit
 def cheap_log2(x, COMPILED: tl.constexpr):
-    """lg2.approx on the device."""
-    return libdevice.fast_log2f(x) if COMPILED else tl.log2(x)
+    """lg2.approx on the device, which takes a subnormal for zero."""
+    if COMPILED:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def cheap_key(magnitude, word, of_weight, of_noise, COMPILED: tl.constexpr):
+    """The soft key times ``key_scale``, within :func:`slack` of it where the word is below TOO_LIKELY and the magnitude no subnormal;
+    NaN for NaN."""
+    # (word >> 9) + 1/2 in units of 2**-23, put together from bits: 1 + U - (1 - 2**-24)
+    u = (word >> 9 | 0x3F800000).to(tl.float32, bitcast=True) - BELOW_ONE
+    rarity = cheap_log2(-cheap_log2(u, COMPILED), COMPILED) + LOG2_LN2
+    return cheap_log2(magnitude, COMPILED) * of_weight - rarity * of_noise
 
 
 @triton.jit
@@ -154,7 +192,7 @@ def sample_kernel(
     table_ptr, state_ptr, mask16_ptr, schedule_ptr, k, inv_temperature, step, key0, key1,
     block_columns, blocks, layers, samples, programs,
     VALUE_TYPE: tl.constexpr, N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, SOFT: tl.constexpr,
-    FROM_DEVICE: tl.constexpr, BLOCKS: tl.constexpr,
+    FROM_DEVICE: tl.constexpr, COMPILED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     values_ptr = tl.load(table_ptr + b).to(tl.pointer_type(VALUE_TYPE))
@@ -163,21 +201,28 @@ def sample_kernel(
     state_ptr += b.to(tl.int64) * LAYER_WORDS
     links = blocks.to(tl.int64) * (4 * N_LINKS)
     k, inv_temperature, step = controls(schedule_ptr, k, inv_temperature, step, links, FROM_DEVICE)
-    number = program * BLOCKS + tl.arange(0, BLOCKS)
-    valid = number < samples
+    number = program * GROUPS + tl.arange(0, GROUPS)
+    valid = number < samples * 4
     # Multiples of a prime modulo the number of blocks: distinct, and in step with no row or column structure.
-    block = (number.to(tl.int64) * 2654435761 % blocks).to(tl.int32)
+    block = ((number >> 2).to(tl.int64) * 2654435761 % blocks).to(tl.int32)
     masks = block_masks(ids_ptr, mask16_ptr, block, valid, PATTERNS)
-    i, j = block // block_columns, block % block_columns
-    for r in tl.static_range(4):
-        group = (i * 4 + r).to(tl.int64) * block_columns + j
-        nibble = masks >> 4 * r & 15
+    row, j = block // block_columns * 4 + (number & 3), block % block_columns
+    group = row.to(tl.int64) * block_columns + j
+    nibble = masks >> ((number & 3) << 2) & 15
+    links_of_group = load_links(values_ptr + group * N_LINKS, valid, N_LINKS)
+    scale = key_scale(inv_temperature)
+    if SOFT:
         words = noise.random_words(group.to(tl.uint32), layer, step, noise.REMOVE, key0, key1)
-        for slot in tl.static_range(N_LINKS):
-            magnitude = tl.abs(tl.load(values_ptr + group * N_LINKS + slot, mask=valid, other=0.0)).to(tl.float32)
-            key = link_key(magnitude, word_of(words, link_bit(nibble, slot, N_LINKS)), inv_temperature, SOFT)
-            bin_ = position(key, key_scale(inv_temperature), SOFT) >> 19
-            tl.atomic_add(state_ptr + HEAD + bin_, 1, mask=valid, sem="relaxed")
+    for slot in tl.static_range(N_LINKS):
+        magnitude = links_of_group[slot]
+        if SOFT:
+            word = link_word(words, nibble, slot, N_LINKS)
+            key = cheap_key(magnitude, word, scale * LN2, scale * LN2 * inv_temperature, COMPILED)
+            key = tl.where(key == key, key, float("inf"))
+            bin_ = (tl.minimum(tl.maximum(key + 32.0, 0.0), 63.99999) * 64.0).to(tl.int32)
+        else:
+            bin_ = position(link_key(magnitude, 0, inv_temperature, SOFT), scale, SOFT) >> 19
+        tl.atomic_add(state_ptr + HEAD + bin_, 1, mask=valid, sem="relaxed")
     tl.debug_barrier()
     if tl.atomic_add(state_ptr + SAMPLED, 1) == programs - 1:
         upto = tl.cumsum(tl.load(state_ptr + HEAD + tl.arange(0, BINS)), 0).to(tl.float32)
@@ -210,52 +255,60 @@ def classify_kernel(
     low = tl.where(first_bin == 0, float("-inf"), first_bin.to(tl.float32) * (1.0 / 64) - 32.0 - margin)
     high = tl.where(last_bin == BINS - 1, float("inf"), (last_bin + 1).to(tl.float32) * (1.0 / 64) - 32.0 + margin)
     of_weight, of_noise = scale * LN2, scale * LN2 * inv_temperature
+    # A subnormal has the cheap key of zero. Where the rarest noise could lift one above ``low``, nothing goes by cheap keys.
+    low = tl.where(low > (25.0 * inv_temperature - 126.0) * of_weight, low, float("-inf"))
 
     block = program * BLOCKS + tl.arange(0, BLOCKS)
     valid = block < blocks
-    masks = block_masks(ids_ptr, mask16_ptr, block, valid, PATTERNS)
-    i, j = block // block_columns, block % block_columns
-    gone = masks & 0
-    open_ = masks & 0
+    masks = tl.where(valid, block_masks(ids_ptr, mask16_ptr, block, valid, PATTERNS), 0)
+    # Of the block's four rows of groups, the first; there are fewer than 2**31 groups.
+    first_group = block // block_columns * (3 * block_columns) + block
+    links_ptr = values_ptr + first_group.to(tl.int64) * N_LINKS
+    gone = (masks & 0, masks & 0)
+    open_ = (masks & 0, masks & 0)
     for r in tl.static_range(4):
-        group = (i * 4 + r).to(tl.int64) * block_columns + j
-        nibble = masks >> 4 * r & 15
+        group = first_group + r * block_columns
+        links_of_group = load_links(links_ptr + (block_columns * N_LINKS).to(tl.int64) * r, valid, N_LINKS)
         if SOFT:
             words = noise.random_words(group.to(tl.uint32), layer, step, noise.REMOVE, key0, key1)
+        new_gone, new_open = (), ()
         for slot in tl.static_range(N_LINKS):
-            bit = link_bit(nibble, slot, N_LINKS)
-            magnitude = tl.abs(tl.load(values_ptr + group * N_LINKS + slot, mask=valid, other=0.0)).to(tl.float32)
+            magnitude = links_of_group[slot]
             if SOFT:
-                word = word_of(words, bit)
-                # (word >> 9) + 1/2 in units of 2**-23, put together from bits: 1 + U - (1 - 2**-24)
-                u = (word >> 9 | 0x3F800000).to(tl.float32, bitcast=True) - BELOW_ONE
-                rarity = cheap_log2(-cheap_log2(u, COMPILED), COMPILED) + LOG2_LN2
-                key = cheap_log2(magnitude, COMPILED) * of_weight - rarity * of_noise
-                key = tl.where(magnitude < float("inf"), key, float("inf"))
-                doubtful = (word >= 0xFFC00000) | ((magnitude < 2.0**-126) & (magnitude > 0.0))
+                word = link_word(words, masks >> 4 * r, slot, N_LINKS)
+                key = cheap_key(magnitude, word, of_weight, of_noise, COMPILED)
+                doubtful = word >= TOO_LIKELY
                 removed = (key < low) & (doubtful == 0)
                 listed = (key <= high) | doubtful
             else:
                 bin_ = position(link_key(magnitude, 0, inv_temperature, SOFT), scale, SOFT) >> 19
                 removed = bin_ < first_bin
                 listed = bin_ <= last_bin
-            gone |= tl.where(removed, bit << 4 * r, 0)
-            open_ |= tl.where(listed, bit << 4 * r, 0)
-    gone = tl.where(valid, gone, 0)
-    open_ = tl.where(valid, open_ & ~gone, 0)
-    tl.store(survivors_ptr + b.to(tl.int64) * blocks + block, masks & ~gone, mask=valid)
-    count = bit_count(open_)
-    tl.atomic_add(state_ptr + BELOW, tl.sum(bit_count(gone)), sem="relaxed")
-    place = tl.atomic_add(state_ptr + COUNT, tl.sum(count), sem="relaxed") + tl.cumsum(count, 0) - count
-    list_ptr += b.to(tl.int64) * links
-    corner = i.to(tl.int64) * 16 * block_columns + j * 4
-    while tl.max(open_, 0) > 0:
-        bit = open_ & -open_
-        at = bit_count(bit - 1)
-        element = corner + (at >> 2) * (4 * block_columns) + (at & 3)
-        tl.store(list_ptr + place, element.to(tl.int32), mask=open_ > 0)
-        place += 1
-        open_ ^= bit
+            new_gone = new_gone + (gone[slot] | tl.where(removed, 15 << 4 * r, 0),)
+            new_open = new_open + (open_[slot] | tl.where(listed, 15 << 4 * r, 0),)
+        gone, open_ = new_gone, new_open
+    # No nibble of a pattern is empty, so nothing borrows: the lowest bit of every nibble is the first link of its row.
+    first = masks & ~(masks - 0x1111)
+    if N_LINKS == 2:
+        dropped = gone[0] & first | gone[1] & (masks ^ first)
+        doubted = (open_[0] & first | open_[1] & (masks ^ first)) & ~dropped
+    else:
+        dropped, doubted = gone[0] & masks, open_[0] & masks & ~gone[0]
+    tl.store(survivors_ptr + b.to(tl.int64) * blocks + block, masks & ~dropped, mask=valid)
+    count = bit_count(doubted)
+    totals = tl.sum(count | bit_count(dropped) << 16)
+    both = (totals & 0xFFFF).to(tl.int64) | (totals >> 16).to(tl.int64) << 32
+    counter = (state_ptr + COUNT).to(tl.pointer_type(tl.int64))
+    before = tl.atomic_add(counter, both, sem="relaxed").to(tl.int32)
+    place = list_ptr + b.to(tl.int64) * links + before + tl.cumsum(count, 0) - count
+    for r in tl.static_range(4):
+        element = (first_group + r * block_columns) << 2  # the low 32 bits of the link's index
+        left = doubted >> 4 * r & 15
+        for _ in tl.static_range(N_LINKS):
+            bit = left & -left
+            tl.store(place, element + bit_column(bit), mask=left > 0)
+            place += (left > 0).to(tl.int32)
+            left ^= bit
 
 
 @triton.jit
@@ -418,7 +471,7 @@ def resolve_kernel(
 
 
 _NUMBERS = {"wide": ("k", "step", "key0", "key1"), "floats": ("inv_temperature",)}
-SAMPLE = BatchKernel(sample_kernel, 2, **_NUMBERS)
+SAMPLE = BatchKernel(sample_kernel, 8, **_NUMBERS | {"enable_fp_fusion": True})
 CLASSIFY = BatchKernel(classify_kernel, 4, **_NUMBERS | {"enable_fp_fusion": True})  # no exact float in it
 EXACT = BatchKernel(exact_kernel, 4, **_NUMBERS)
 RESOLVE = BatchKernel(resolve_kernel, 8, **_NUMBERS)
@@ -468,21 +521,21 @@ def remove_many(
     noisy = *numbers, seed & 0xFFFFFFFF, seed >> 32
     shape = block_columns, blocks, batch
 
-    samples = min(blocks, max(1, SAMPLE_LINKS // (BLOCK * n)))
-    programs = triton.cdiv(samples, 64)
-    SAMPLE(
-        programs * batch, pointers, state, mask16, schedule, *noisy, *shape, samples, programs, **kind, BLOCKS=64
-    )  # fmt: skip
+    # A larger sample narrows the window: what it costs and what it saves balance at the power 2/3.
+    samples = min(blocks, max(1, min(SAMPLE_LINKS, int(2.35 * links ** (2 / 3))) // (BLOCK * n)))
+    programs = triton.cdiv(samples * 4, GROUPS)
+    cheap = {"COMPILED": not interpreted()}
+    SAMPLE(programs * batch, pointers, state, mask16, schedule, *noisy, *shape, samples, programs, **kind, **cheap, GROUPS=GROUPS)
     programs = triton.cdiv(blocks, tile)
     CLASSIFY(
         programs * batch, pointers, state, mask16, survivors, listed, schedule, *noisy, *shape, programs,
-        **kind, COMPILED=not interpreted(), BLOCKS=tile, num_warps=max(1, min(4, tile // 32)),
+        **kind, **cheap, BLOCKS=tile, num_warps=max(1, tile // 32 // BLOCKS_PER_THREAD),
     )  # fmt: skip
-    programs = max(1, min(PROGRAMS // batch, links // 4096))
     lists = pointers, state, mask16, survivors, listed, entries, schedule
-    for every in (False, True):
+    for every, most in ((False, min(PROGRAMS, links // 4096)), (True, RESOLVERS)):
+        programs = max(1, min(most // batch, links // 4096))
         EXACT(programs * batch, *lists, *noisy, *shape, programs, **kind, ALL=every, BLOCKS=128)
-    programs = max(1, min(RESOLVERS, links // 16384))
+    programs = max(1, min(RESOLVERS // batch, links // 16384))
     RESOLVE(
         programs * batch, state, survivors, entries, short, schedule, *numbers, block_columns, blocks, programs,
         **few, BLOCKS=512,

@@ -2,7 +2,7 @@
 
 Two implementations of one contract: wgmma in Gluon for compute capability 9.0 (:mod:`.sm90_multiply`), and below a plain Triton kernel
 for every other device and the interpreter. (On 9.0 Triton 3.6 waits for every int8 product before it issues the next: only
-float32 accumulators are pipelined.)
+float32 accumulators are pipelined.) With :data:`SPARSE`, 9.0 takes :mod:`.sm90_products` instead, where survivors are compressed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import triton.language as tl
 from .._batch import BatchKernel, interpreted
 
 TILE = 128
+SPARSE = False
+"""Whether scores on compute capability 9.0 take the products with compressed survivors (wgmma.sp) unless told otherwise."""
 
 
 @triton.jit
@@ -28,6 +30,12 @@ def triangle(t, n):
     line, place = t // (n + even), t % (n + even)
     folded = place >= n - line
     return tl.where(folded, n - line - even, line), tl.where(folded, place - even, line + place)
+
+
+@triton.jit
+def tile_number(i, j, n):
+    """Place of tile (i, j), i <= j, among the tiles on and above the diagonal, row by row."""
+    return i * n - i * (i - 1) // 2 + j - i
 
 
 @triton.jit
@@ -68,8 +76,12 @@ def multiply_kernel(
             b_ptr += DEPTH
             done += DEPTH
     corner = (first_units + b * layer_units) * 128
-    place = out_ptr + corner + (tile_m * TILE + m).to(tl.int64)[:, None] * (out_units * 128)
-    tl.store(place + (tile_n * TILE + n)[None, :], sums.to(out_ptr.dtype.element_ty))
+    if TRIANGLE:
+        corner += tile_number(tile_m, tile_n, tiles_m).to(tl.int64) * (TILE * TILE)
+        place = out_ptr + corner + m[:, None] * TILE + n[None, :]
+    else:
+        place = out_ptr + corner + (tile_m * TILE + m).to(tl.int64)[:, None] * (out_units * 128) + (tile_n * TILE + n)[None, :]
+    tl.store(place, sums.to(out_ptr.dtype.element_ty))
 
 
 MULTIPLY = BatchKernel(multiply_kernel, 8, wide=("first_units", "layer_units"))
@@ -93,9 +105,10 @@ def multiply(
         operands: int8, row-major, holding both operands.
         result: int32, or int16, which takes the low 16 bits.
         side: (first row, rows per layer, first column) of A.
-        other: the same of B; None: B is A, and only tiles on and above the diagonal of the symmetric result are written.
+        other: the same of B; None: B is A, and only tiles on and above the diagonal of the symmetric result are written, 128 x 128
+            each, one after the other in the order of :func:`tile_number`.
         depth: columns to multiply over, a multiple of 128.
-        out: (first element, elements per layer, elements per row) of the result.
+        out: (first element, elements per layer, elements per row) of the result; rows of a symmetric result have 128.
         tiles: (rows, columns) of one layer's result, multiples of 128.
         config: a name of ``sm90_multiply.CONFIGS``, or "triton".
     """
@@ -103,7 +116,7 @@ def multiply(
     first, per, column = side
     b_first, b_per, b_column = side if symmetric else other
     problem = first, per, column, b_first, b_per, b_column
-    if config != "triton" and _hopper(operands.device):
+    if config != "triton" and hopper(operands.device):
         from . import sm90_multiply
 
         sm90_multiply.launch(operands, result, layers, problem, depth, out, tiles, symmetric, config)
@@ -117,5 +130,6 @@ def multiply(
 
 
 @functools.cache
-def _hopper(device: torch.device) -> bool:
+def hopper(device: torch.device) -> bool:
+    """Whether the kernels of compute capability 9.0 run there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)

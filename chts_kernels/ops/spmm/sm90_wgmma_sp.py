@@ -21,9 +21,17 @@ from ...layout.metadata import metadata_shape
 from . import sm90_launch
 from .sm90_config import Sm90Config, choose
 
-_plan = functools.lru_cache(maxsize=1024)(sm90_launch.Plan)
 _PLANS: dict[tuple, sm90_launch.Plan] = {}      # what the fast path found checked and aligned, by everything but addresses
 _PLANS_LIMIT = 1024
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(tokens: int, out_features: int, in_features: int, dtype: torch.dtype, bias: torch.dtype | None, device: int,
+         row_bytes: tuple[int, int, int], config: Sm90Config | None = None) -> sm90_launch.Plan:
+    """The plan of a problem, made once; without a configuration, with the one of the measured table."""
+    if config is None:
+        config = choose(tokens, out_features, in_features, sm90_launch.multiprocessors(device))
+    return sm90_launch.Plan(tokens, out_features, in_features, dtype, bias, device, row_bytes, config)
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -64,12 +72,12 @@ def spmm_sm90(x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, out_fea
     device, x_at, values_at = x.get_device(), x.data_ptr(), values.data_ptr()
     key = (x.shape, x.stride(), x.dtype, device, values.shape, values.stride(), values.dtype, meta.shape, meta.stride(), meta.dtype,
            out_features, None if bias is None else (bias.dtype, bias.shape, bias.stride(), bias.get_device()), config)
-    plan = _PLANS.get(key)
-    if (plan is None or out is not None or (x_at | values_at) % 16 or torch._C._cuda_getDevice() != device
+    launch = _PLANS.get(key)
+    if (launch is None or out is not None or (x_at | values_at) % 16 or torch._C._cuda_getDevice() != device
             or values.get_device() != device or meta.get_device() != device):
         return _spmm_slow(x, values, meta, out_features, bias, out, config, key)
     y = x.new_empty((x.shape[0], out_features))
-    plan.run(values_at, x_at, y.data_ptr(), meta.data_ptr(), 0 if bias is None else bias.data_ptr(),
+    launch.run(values_at, x_at, y.data_ptr(), meta.data_ptr(), 0 if bias is None else bias.data_ptr(),
              torch._C._cuda_getCurrentRawStream(device))
     return y
 
@@ -91,21 +99,19 @@ def _spmm_slow(x: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, out_fe
     if not meta.is_contiguous():
         meta = meta.contiguous()
         key = None
-    if config is None:
-        config = choose(tokens, out_features, in_features, sm90_launch.multiprocessors(device))
     x_rows, w_rows = (t if _rows_aligned(t) else _padded_rows(t) for t in (x, values))
     target = out
     if out is None or not _rows_aligned(out):
         target = x.new_empty(tokens, -(-out_features // 8) * 8)[:, :out_features]
     row_bytes = tuple(_row_bytes(t) for t in (w_rows, x_rows, target))
-    plan = _plan(tokens, out_features, in_features, x.dtype, None if bias is None else bias.dtype, device, row_bytes, config)
-    plan.run(w_rows.data_ptr(), x_rows.data_ptr(), target.data_ptr(), meta.data_ptr(), 0 if bias is None else bias.data_ptr(),
+    launch = plan(tokens, out_features, in_features, x.dtype, None if bias is None else bias.dtype, device, row_bytes, config)
+    launch.run(w_rows.data_ptr(), x_rows.data_ptr(), target.data_ptr(), meta.data_ptr(), 0 if bias is None else bias.data_ptr(),
              torch._C._cuda_getCurrentRawStream(device))
     if out is None:
         if key is not None and x_rows is x and w_rows is values and out_features % 8 == 0:
             if len(_PLANS) >= _PLANS_LIMIT:
                 _PLANS.clear()
-            _PLANS[key] = plan
+            _PLANS[key] = launch
         return target.contiguous()
     return out if target is out else out.copy_(target)
 

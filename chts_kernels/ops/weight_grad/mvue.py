@@ -17,8 +17,9 @@ dW, with a sequential sampler of somewhat larger variance). Any sampler with the
 needs a single random number and no division.
 
 Randomness: counter (block, layer, step, purpose MVUE), block = (feature // 4) * ceil(T / 4) + token group; word r of the four
-serves feature 4 i + r: its upper 24 bits are u, its lower 8 round the kept values to 16 bits stochastically, so that rounding adds no
-bias either. All float32 arithmetic is a fixed order of single operations: the kernel (sm90_mvue.py) draws the same bits.
+serves feature 4 i + r: its upper 24 bits are u, its lower 8 round h to 16 bits stochastically, so that rounding adds no
+bias either. A zero is kept, as zero, only where fewer than two others are there; or else, once in 2**22 draws, by a rounding
+error, as h. All float32 arithmetic is a fixed order of single operations: the kernel (triton_mvue.py) draws the same bits.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ import torch
 from ... import check
 from ...layout import metadata_shape
 from ...layout.metadata import PADDING_NIBBLE
-from ...rng import Purpose, random_bits
-from ..pack.reference import pack
+from ...rng import Purpose, philox
+from . import reference
 
 GROUP = 4
-_DROPPED = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}  # mantissa bits of float32 that the dtype lacks
+WORD = 0xFFFFFFFF
+LEAST = 2.0**-148
+"""Added to the sum of the others: an element that stands alone then has a share, the whole of h = 2**-149, which rounds to 0."""
+DTYPES = {torch.bfloat16: 16, torch.float16: 13, torch.float32: 0}
+"""Of dy, with the mantissa bits of float32 that each lacks."""
 
 
 def probabilities(magnitudes: torch.Tensor) -> torch.Tensor:
@@ -45,10 +50,24 @@ def probabilities(magnitudes: torch.Tensor) -> torch.Tensor:
     return torch.where(dominant, 1.0, torch.where(half > 0, clipped / half, 0.0))
 
 
-def group_bits(features: int, tokens: int, *, seed: int, layer: int, step: int, device: torch.device | str = "cpu") -> torch.Tensor:
+def group_bits(
+    features: int,
+    tokens: int,
+    *,
+    seed: int,
+    layer: int,
+    step: int,
+    counter: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
     """One 32-bit word for every group: int64 [N, ceil(T/4)]."""
+    check.unsigned(seed, "seed", 63)
+    check.unsigned(layer, "layer", 32)
+    check.unsigned(step, "step", 32)
     groups = -(-tokens // GROUP)
-    words = random_bits(features // 4, groups * 4, seed=seed, layer=layer, step=step, purpose=Purpose.MVUE, device=device)
+    block = torch.arange(features // 4 * groups, device=device) & WORD
+    now = step if counter is None else (counter.reshape(()) + step) & WORD
+    words = torch.stack(philox((block, layer, now, int(Purpose.MVUE)), (seed & WORD, seed >> 32)), dim=-1)
     return words.view(features // 4, groups, 4).transpose(1, 2).reshape(features, groups)
 
 
@@ -63,46 +82,50 @@ def choose_two(y: torch.Tensor, bits: torch.Tensor) -> tuple[torch.Tensor, torch
         first, second: int64 [...], first < second; h: float32 [...].
     """
     a0, a1, a2, a3 = y.abs().unbind(-1)
-    s01, s23 = a0 + a1, a2 + a3
+    s01, s23 = a0 + a1 + LEAST, a2 + a3 + LEAST
     b0, b1 = torch.minimum(a0, a1 + s23), torch.minimum(a1, a0 + s23)
     b2, b3 = torch.minimum(a2, a3 + s01), torch.minimum(a3, a2 + s01)
     c2 = b0 + b1
     c3 = c2 + b2
     h = (c2 + (b2 + b3)) * 0.5
-    low = (bits >> 8).to(torch.float32) * 2.0**-24 * h
+    low = (bits >> 8).to(torch.float32) * (h * 2.0**-24)
     high = low + h
-    first = (b0 <= low).long() + (c2 <= low).long() + (c3 <= low).long()
-    second = (b0 <= high).long() + (c2 <= high).long() + (c3 <= high).long()
-    # h = 0: at most one element is not zero, keep its pair. Otherwise both points in one element is a rounding accident.
-    lone = torch.where(s01 > 0, 0, 2)
-    first = torch.where(h == 0, lone, torch.minimum(first, torch.where(first == second, 2, first)))
-    second = torch.where(h == 0, lone + 1, torch.maximum(second, first + 1))
-    return first, second, h
+    # The upper point lies beyond b0 and the lower one before c3, and no element holds both: rounding, too, must leave it so.
+    past0, past1 = b0 <= low, c2 <= low
+    beyond1, beyond2 = (c2 <= high) | past0, (c3 <= high) | past1
+    return past0.long() + past1.long(), 1 + beyond1.long() + beyond2.long(), h
 
 
 def round_stochastically(value: torch.Tensor, bits: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float32 to ``dtype``: up with the probability of the dropped fraction, in steps of 1/256 (float16's subnormals: to nearest).
+    """Round float32, not negative, to values of ``dtype``: up with the probability of the dropped fraction, in steps of 1/256.
+
+    float16's subnormals are left to the conversion, which rounds to nearest; infinity stays, NaN becomes infinity.
 
     Args:
         value: float32.
         bits: int64 of the same shape; the lower 8 count.
+
+    Returns:
+        float32.
     """
-    dropped = _DROPPED[dtype]
+    dropped = DTYPES[dtype]
     if dropped == 0:
-        return value
-    noise = ((bits & 0xFF) << (dropped - 8)) + (1 << (dropped - 9))
-    raised = (value.view(torch.int32).long() + noise) & -(1 << dropped)
-    rounded = torch.where(raised >= 1 << 31, raised - (1 << 32), raised).to(torch.int32).view(torch.float32)
-    exempt = value.isnan() | (value.abs() < torch.finfo(dtype).smallest_normal if dtype == torch.float16 else value.isnan())
-    return torch.where(exempt, value, rounded).to(dtype)
+        return torch.where(value < 2.0**-148, 0.0, value)  # h of an element that stands alone
+    noise = (bits & 0xFF) << (dropped - 8) | 1 << (dropped - 9)
+    raised = (value.view(torch.int32).long() + noise).clamp(max=0x7F800000) & -(1 << dropped)
+    rounded = raised.to(torch.int32).view(torch.float32)
+    return torch.where(value < 2.0**-14, value, rounded) if dtype == torch.float16 else rounded
 
 
-def prune(dy: torch.Tensor, *, seed: int, layer: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+def prune(
+    dy: torch.Tensor, *, seed: int, layer: int, step: int, counter: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """dY^T pruned 2:4 along tokens.
 
     Args:
         dy: [T, N] bfloat16, float16 or float32, N divisible by 4.
         seed, layer, step: what the noise is drawn for (63, 32, 32 bits).
+        counter: int64 with one element on the device of dy, added to ``step``; read, not changed.
 
     Returns:
         values [N, 2 * ceil(T/4)] in the dtype of dy: the two kept elements of every four tokens, ascending;
@@ -111,19 +134,19 @@ def prune(dy: torch.Tensor, *, seed: int, layer: int, step: int) -> tuple[torch.
     Raises:
         ValueError, TypeError: when dy does not fit.
     """
-    check.floating(dy, "dy", (torch.bfloat16, torch.float16, torch.float32))
+    check.floating(dy, "dy", tuple(DTYPES))
     check.require(dy.dim() == 2 and dy.shape[1] % 4 == 0, "dy", "have shape [T, N], N divisible by 4", tuple(dy.shape))
     tokens, features = dy.shape
     groups = -(-tokens // GROUP)
     y = dy.new_zeros(features, groups * GROUP, dtype=torch.float32)
     y[:, :tokens] = dy.t()
     y = y.view(features, groups, GROUP)
-    bits = group_bits(features, tokens, seed=seed, layer=layer, step=step, device=dy.device)
+    bits = group_bits(features, tokens, seed=seed, layer=layer, step=step, counter=counter, device=dy.device)
     first, second, h = choose_two(y, bits)
     places = torch.stack([first, second], -1)
-    kept = y.gather(-1, places)
-    scaled = torch.where(kept == 0, kept, torch.maximum(kept.abs(), h[..., None]).copysign(kept))
-    values = round_stochastically(scaled, bits[..., None].expand_as(places), dy.dtype)
+    kept, scale = y.gather(-1, places), round_stochastically(h, bits, dy.dtype)[..., None]
+    # |y| is a value of the dtype, so that rounding h does not carry it past |y|: rounding the greater of the two is the same.
+    values = torch.maximum(kept.abs(), scale).copysign(kept).to(dy.dtype)
     return values.reshape(features, groups * 2), (first | second << 2).to(torch.uint8)
 
 
@@ -149,12 +172,19 @@ def metadata(nibbles: torch.Tensor) -> torch.Tensor:
 
 
 def weight_grad_mvue(
-    dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype, seed: int, layer: int, step: int
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    ids: torch.Tensor,
+    n: int,
+    out_dtype: torch.dtype,
+    seed: int,
+    layer: int,
+    step: int,
+    counter: torch.Tensor | None,
 ) -> torch.Tensor:
     """An unbiased estimate of the weight gradient: the product with dY^T pruned by :func:`prune`, gathered at the links.
 
-    Args and result as :func:`chts_kernels.ops.weight_grad.reference.weight_grad`, and seed, layer, step of :func:`prune`.
+    Args and result as :func:`chts_kernels.ops.weight_grad.reference.weight_grad`, and seed, layer, step, counter of :func:`prune`.
     """
-    values, nibbles = prune(dy, seed=seed, layer=layer, step=step)
-    pruned = expand(values, nibbles, dy.shape[0])
-    return pack(pruned.t().float() @ x.float(), ids, n).to(out_dtype)
+    values, nibbles = prune(dy, seed=seed, layer=layer, step=step, counter=counter)
+    return reference.weight_grad(expand(values, nibbles, dy.shape[0]), x, ids, n, out_dtype)

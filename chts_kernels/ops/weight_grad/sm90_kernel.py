@@ -165,7 +165,7 @@ def _mma_partition(out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_p
     wg = warpgroup_index()
     if STAMP:
         stamp(stamp_ptr, 0)
-    pm, pn, kb, count = read4(starts_ptr, 2 * cta)
+    head_pm, head_pn, head_kb, head_count = read4(starts_ptr, 2 * cta)
     first, last, _, _ = read4(starts_ptr, 2 * cta + 1)
     accs = copies(gl.zeros([256, CHUNK], gl.float32, L), MB * BN // 2 // CHUNK)
     s = 0
@@ -173,17 +173,19 @@ def _mma_partition(out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_p
     selector_phase = 0
     base = (RING + wg * (MB * 8192)) // 16 | ((RING + BM * 128) // 16 << 16)
     if LAG:  # noqa: SIM102 - LAG is a constant, the rest is not
-        if (wg == 1) & (count > 1):
+        if (wg == 1) & (head_count > 1):
             mbar_wait(BARRIERS + 8, 0)
     if STAMP:
         stamp(stamp_ptr, 1)
     for i in range(first, last):
+        # Read here, not carried from piece to piece: Triton 3.6 replaced a carried count by the first piece's, without a word.
+        pm, pn, kb, count = read4(pieces_ptr, 2 * i)
         tm, tn = tile(pm, pn, CL, SHARE)
         mbar_wait(BARRIERS + s * 8, phase)
         if STAMP:
             stamp(stamp_ptr, 2)
         accs = wgmma(accs, base + s * (STAGE // 16 * 65537), MB, BM, BN, DT)
-        pm, pn, kb, next_count = read4(pieces_ptr, 2 * gl.minimum(i + 1, last - 1))
+        read4(pieces_ptr, 2 * gl.minimum(i + 1, last - 1))     # into L1, for the next turn
         for _ in range(count - 1):
             before = s
             s += 1
@@ -195,7 +197,6 @@ def _mma_partition(out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_p
             mbar_arrive(BARRIERS + (STAGES + before) * 8, CL)
         accs = wgmma_wait_all(accs)
         mbar_arrive(BARRIERS + (STAGES + s) * 8, CL)
-        count = next_count
         s += 1
         if s == STAGES:
             s = 0

@@ -4,7 +4,7 @@ Two launches: triton_mvue.py prunes and compresses dY^T in one pass, sm90_mvue_k
 variance is the price for a product at up to twice the dense rate. The compressed dY^T takes 1.25 bytes an element of dY
 while the call runs.
 
-Deterministic in (dy, x, ids, seed, layer, step); shapes, alignment and the token split are those of sm90_wgmma.py.
+Deterministic in (dy, x, ids, seed, layer, step + counter); shapes, alignment and the token split are those of sm90_wgmma.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ def weight_grad_mvue_sm90(
     seed: int,
     layer: int,
     step: int,
+    counter: torch.Tensor | None = None,
     work: Work | None = None,
 ) -> torch.Tensor:
     """An unbiased estimate of dW = dY^T X at the links.
@@ -38,6 +39,7 @@ def weight_grad_mvue_sm90(
     Args:
         dy, x, ids, n, out, accumulate, out_dtype: as in :func:`chts_kernels.ops.weight_grad.sm90_wgmma.weight_grad_sm90`.
         seed, layer, step: what the noise is drawn for (63, 32, 32 bits).
+        counter: int64 with one element on the device of dy, added to ``step``.
         work: a (sparse) tile configuration and token split; None chooses by the cost model.
 
     Returns:
@@ -57,11 +59,12 @@ def weight_grad_mvue_sm90(
     out = checked_out(dy, x, ids, n, out, accumulate, out_dtype)
     if torch._C._cuda_getDevice() != device:
         with torch.cuda.device(device):
-            return weight_grad_mvue_sm90(dy, x, ids, n, out, accumulate, seed=seed, layer=layer, step=step, work=work)
+            draw = {"seed": seed, "layer": layer, "step": step, "counter": counter}
+            return weight_grad_mvue_sm90(dy, x, ids, n, out, accumulate, **draw, work=work)
     if tokens == 0 or out.numel() == 0:
         return out if accumulate else out.zero_()
     x, ids = aligned_rows(x), ids.contiguous()
-    values, meta = prune(aligned_rows(dy), seed=seed, layer=layer, step=step)
+    values, meta = prune(aligned_rows(dy), seed=seed, layer=layer, step=step, counter=counter)
     if work is None:
         work = choose(tokens, rows, columns, sm90_launch.multiprocessors(device), True)
     launch = sm90_launch.plan(tokens, rows, columns, n, dtype, out.dtype, accumulate, device, work)

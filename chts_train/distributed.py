@@ -1,0 +1,266 @@
+"""What sparse layers and the evolver need to know of ``torch.distributed``: sharded values, and topologies that agree.
+
+Noise is a function of (seed, layer, step), so ranks that hold equal values compute equal topologies without a message. Under
+FSDP2 (``fully_shard``) values and moments are sharded along dim 0, ids are a replicated buffer: an update gathers
+the values of one layer at a time, every rank computes the new ids, and each moves its own rows. Rows of a shard need not be
+multiples of 4.
+
+Collectives are those of torch alone (``DTensor.full_tensor``, ``all_gather``); this module imports none of
+``torch.distributed``'s packages before the user does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from chts_kernels import Operands, SparseWeight, carry_over_
+from chts_kernels.patterns import BLOCK
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
+"""Path components that torch.compile and activation checkpointing put into the names of what they wrap."""
+
+
+class TopologyMismatch(RuntimeError):
+    """Ranks that train one model hold different pattern ids."""
+
+
+class GatheredWeight(SparseWeight):
+    """The weight of a layer managed by FSDP: its operands are derived anew for every product and kept by nobody.
+
+    What is derived from gathered values must not outlive them, or a rank would hold the whole model again; and FSDP refills
+    gathered values without moving their version counter, so nothing kept could be told fresh from stale.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def over(cls, ids: torch.Tensor, values: torch.Tensor, n: int) -> GatheredWeight:
+        """The weight over a layer's tensors, unchecked."""
+        return cls.view(ids, values, n, _NONE_KEPT)
+
+    def operands(self, dtype: torch.dtype) -> Operands:
+        """What a sparse tensor-core kernel of this compute dtype reads."""
+        fresh = Operands()
+        fresh.refresh(self.values, self.ids, self.n, dtype)
+        return fresh
+
+
+_NONE_KEPT = Operands()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside ``DistributedDataParallel``, ``DataParallel`` and ``torch.compile``."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
+def plain_name(name: str) -> str:
+    """A qualified name without the components that wrappers added: the same whether a block is compiled or not."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def reshard(model: nn.Module) -> None:
+    """Have every FSDP2 module of ``model`` hold its sharded parameters, as optimizer and evolver do; free when it does."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", None)
+    if kind is not None:
+        for module in model.modules():
+            if isinstance(module, kind):
+                module.reshard()
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def gathered(tensor: torch.Tensor, device: torch.device | None = None) -> torch.Tensor:
+    """All of a tensor on this rank: a DTensor is gathered (every rank must take part), others are returned as they are.
+
+    Args:
+        tensor: any tensor.
+        device: gather there; parameters offloaded to the CPU travel through the mesh's own device.
+    """
+    if not is_dtensor(tensor):
+        return tensor if device is None else tensor.to(device)
+    tensor = tensor.detach()
+    if device is not None and tensor.to_local().device != device:
+        tensor = type(tensor).from_local(
+            tensor.to_local().to(device), tensor.device_mesh, tensor.placements, run_check=False,
+            shape=tensor.shape, stride=tensor.stride(),
+        )  # fmt: skip
+    return tensor.full_tensor()
+
+
+def laid_out_like(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``tensor``, whole on every rank or a DTensor, in the layout of ``like`` (a DTensor's mesh and placements, or whole)."""
+    if not is_dtensor(like):
+        return gathered(tensor)
+    if is_dtensor(tensor) and tensor.placements == like.placements and tensor.device_mesh == like.device_mesh:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    whole = gathered(tensor).to(like.to_local().device)
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)  # None: no communication
+
+
+def whole_tree(tree: Any) -> Any:
+    """A ``state_dict`` with its DTensors gathered, one at a time and straight to the CPU; every rank must take part.
+
+    The result is that of a single process. Ranks other than 0 get the same structure with empty tensors in those places.
+    """
+    if is_dtensor(tree):
+        whole = gathered(tree)
+        return whole.cpu() if torch.distributed.get_rank() == 0 else whole.new_empty(0, device="cpu")
+    if isinstance(tree, Mapping):
+        return {key: whole_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(whole_tree(value) for value in tree)
+    return tree
+
+
+def first_row(values: torch.Tensor, name: str = "values") -> int:
+    """The row of the whole tensor that this rank's shard of a DTensor begins with.
+
+    Raises:
+        NotImplementedError: when it is not sharded along dim 0 of one mesh dimension (and replicated over the others).
+    """
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    sharded = [p for p in values.placements if not isinstance(p, Replicate)]
+    if len(sharded) > 1 or any(type(p) is not Shard or p.dim != 0 for p in sharded):
+        raise NotImplementedError(
+            f"{name}: must be sharded along dim 0 of one mesh dimension, as fully_shard does by default, got placements "
+            f"{tuple(values.placements)}"
+        )
+    return compute_local_shape_and_global_offset(values.shape, values.device_mesh, values.placements)[1][0]
+
+
+def carry_over_rows_(
+    tensors: Sequence[torch.Tensor], old_ids: torch.Tensor, new_ids: torch.Tensor, n: int, start: int, *, impl: str = "auto"
+) -> None:
+    """:func:`chts_kernels.carry_over_` of rows ``start``, ``start + 1``, ... of link data, in place.
+
+    A row of compressed values depends on the ids of its own row of blocks alone, so a shard may begin and end inside a block.
+
+    Args:
+        tensors: each [rows, K*n/4], any dtype; rows may be 0.
+        old_ids, new_ids: uint8 [N/4, K/4], of the whole matrix.
+        n: links per row of a 4x4 block.
+        start: the row of the matrix that the tensors begin with.
+    """
+    rows = tensors[0].shape[0] if tensors else 0
+    if not rows:
+        return
+    blocks = slice(start // BLOCK, -(-(start + rows) // BLOCK))
+    above, below = start - blocks.start * BLOCK, blocks.stop * BLOCK - start - rows
+    old, new = (ids[blocks].to(tensors[0].device) for ids in (old_ids, new_ids))
+    if not above and not below:
+        carry_over_(tensors, old, new, n, impl=impl)
+        return
+    padded = [F.pad(t, (0, 0, above, below)) for t in tensors]
+    carry_over_(padded, old, new, n, impl=impl)
+    for tensor, part in zip(tensors, padded, strict=True):
+        tensor.copy_(part[above : above + rows])
+
+
+def checksum(ids: torch.Tensor) -> torch.Tensor:
+    """int64 scalar on the device: a hash of uint8 ids and their places; no step of it waits for the device."""
+    flat = F.pad(ids.flatten(), (0, -ids.numel() % 8))
+    words = flat.clone().view(torch.int64) if flat.storage_offset() % 8 else flat.view(torch.int64)
+    # Multiply and shift twice (the finaliser of SplitMix64) on word + place; the sum wraps.
+    mixed = words + torch.arange(1, words.numel() + 1, device=ids.device)
+    for factor in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
+        mixed = (mixed ^ (mixed >> 30)) * factor
+    return (mixed ^ (mixed >> 31)).sum()
+
+
+class RankCheck:
+    """Compares the ids of all ranks: 8 bytes a layer and rank, gathered after each update.
+
+    On a GPU the result is looked at when it has arrived, at one of the next steps: nothing waits for the device.
+
+    Args:
+        group: the ranks that must agree, default all of them.
+    """
+
+    def __init__(self, group: Any = None) -> None:
+        self.group = group
+        self._pending: tuple[list[str], str, torch.Tensor, torch.cuda.Event | None] | None = None
+
+    def start(self, ids: Mapping[str, torch.Tensor], when: str) -> None:
+        """Gather the checksums; every rank of the group must call it.
+
+        Raises:
+            TopologyMismatch: as :meth:`finish` does, on CPUs right away.
+        """
+        self.finish()
+        distributed = torch.distributed
+        device = _device_of_group(self.group, next(iter(ids.values())).device)
+        mine = torch.stack([checksum(t).to(device) for t in ids.values()])
+        parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size(self.group))]
+        distributed.all_gather(parts, mine, group=self.group)
+        sums, event = torch.stack(parts), None
+        if sums.is_cuda:
+            host = torch.empty(sums.shape, dtype=sums.dtype, pin_memory=True)
+            host.copy_(sums, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            sums = host
+        self._pending = list(ids), when, sums, event
+        self.poll()
+
+    def poll(self) -> None:
+        """Look at the last result if it is there already."""
+        if self._pending is not None and (self._pending[3] is None or self._pending[3].query()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Look at the last result, waiting for it.
+
+        Raises:
+            TopologyMismatch: naming the layers, and for each the ranks that differ from most others.
+        """
+        if self._pending is None:
+            return
+        (names, when, sums, event), self._pending = self._pending, None
+        if event is not None:
+            event.synchronize()
+        wrong = {}
+        for name, column in zip(names, sums.t().tolist(), strict=True):
+            usual = max(column, key=column.count)  # the lowest rank's, when groups are equally large
+            ranks = [rank for rank, value in enumerate(column) if value != usual]
+            if ranks:
+                wrong[name] = f"{name!r} (rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))})"
+        if wrong:
+            raise TopologyMismatch(
+                f"ids: must be the same on every rank {when}, got others in {', '.join(wrong.values())}; give every rank "
+                "the same seeds before sparsify_ and the same evolver, and keep their values in step (DDP, FSDP)"
+            )
+
+
+def must_agree(group: Any = None) -> bool:
+    """Whether there is more than one rank to compare."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
+
+
+def _device_of_group(group: Any, device: torch.device) -> torch.device:
+    """``device``, unless the group's backend cannot work there."""
+    backend = torch.distributed.get_backend(group)
+    if backend == "nccl" and device.type != "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if backend == "gloo" else device

@@ -1,0 +1,47 @@
+"""One rank of a small gloo job: ``python -m tests.chts_train.jobs FOLDER CHECK...``, started by test_distributed.py.
+
+Each check compares with a single process, which every rank computes for itself. Results go to ``FOLDER/<world>-<rank>.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from . import checks
+from .common import FOLDER, RANK, WORLD
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    results = {}
+    if WORLD > 1:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{FOLDER}/store-{WORLD}", rank=RANK, world_size=WORLD, timeout=timedelta(seconds=60)
+        )
+    for name in sys.argv[2:]:
+        start = time.process_time()
+        try:
+            checks.CHECKS[name]()
+            results[name] = "ok"
+        except BaseException:
+            results[name] = traceback.format_exc()
+        results[f"{name} seconds"] = round(time.process_time() - start, 2)
+        (FOLDER / f"{WORLD}-{RANK}.json").write_text(json.dumps(results))
+        if results[name] != "ok":
+            break  # ranks are no longer in step
+    if WORLD > 1 and all(v == "ok" for k, v in results.items() if not k.endswith("seconds")):
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo may abort an ordinary exit (chts_train.parallel.leave_at_once)
+
+
+main()

@@ -1,0 +1,107 @@
+"""The trainer on several processes."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+import torch.distributed as dist
+
+from .common import FOLDER, RANK, WORLD, hidden_group
+
+
+def check_trainer_is_a_single_process():
+    from chts_train.checkpoint import read_checkpoint
+    from chts_train.configs import DataConfig, RunConfig
+    from chts_train.models import LlamaConfig
+    from chts_train.parallel import Processes
+    from chts_train.settings import Settings
+    from chts_train.trainer import Trainer
+
+    size = {"hidden_size": 20, "intermediate_size": 28, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = RunConfig(
+        name="micro", model=LlamaConfig(**size, max_position_embeddings=64),
+        data=DataConfig(spec=str(FOLDER / "text"), val_fraction=0.2), total_steps=8, batch_size=6, micro_batch=2, seq_len=24,
+        warmup_steps=2, lr=1e-2, interval=3, lr_ramp_steps=1, zeta=0.3, eval_interval=4, eval_tokens=200,
+    )  # fmt: skip
+    rows = {}
+    for kind in ("ddp", "fsdp"):
+        run = FOLDER / f"run-{kind}-{WORLD}"
+        settings = Settings(device="cpu", quiet=True, log_interval=2, parallel=kind)
+        if RANK == 0:
+            run.mkdir()
+        dist.barrier()
+        trainer = Trainer(config, run, settings)
+        assert trainer.processes == Processes(RANK, WORLD, kind)
+        try:
+            step, train_step = [0], trainer._train_step
+
+            def interrupted(step=step, train_step=train_step):
+                step[0] += 1
+                if step[0] == 6:
+                    raise KeyboardInterrupt
+                train_step()
+
+            trainer._train_step = interrupted
+            trainer.train()
+        except KeyboardInterrupt:
+            pass
+        dist.barrier()
+        # As the other kind: a checkpoint is that of a single process.
+        other = Settings(device="cpu", quiet=True, log_interval=2, parallel="fsdp" if kind == "ddp" else "ddp")
+        resumed = Trainer.resume(run, other)
+        assert resumed.counters.step == 4
+        outcome = resumed.train()
+        dist.barrier()
+        assert outcome.finished and outcome.step == 8
+        rows[kind] = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        saved = read_checkpoint(run)
+        assert saved.model["model.layers.0.mlp.up_proj.values"].shape == (28, 10)
+        del trainer, resumed
+    # The single process: this rank's own, with the group hidden from it.
+    alone = FOLDER / f"run-single-{WORLD}-{RANK}"
+    alone.mkdir()
+    with hidden_group():
+        Trainer(config, alone, Settings(device="cpu", quiet=True, log_interval=2)).train()
+        expected = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
+        truth = read_checkpoint(alone)
+    for kind, found in rows.items():
+        assert [(r["kind"], r["step"]) for r in found] == [(r["kind"], r["step"]) for r in expected], kind
+        for row, wanted in zip(found, expected, strict=True):
+            for key in ("loss", "val_loss", "turnover", "val_tokens", "tokens", "score_mean"):
+                if wanted.get(key) is not None:
+                    assert abs(row[key] - wanted[key]) <= 1e-4 * abs(wanted[key]), (kind, key, row, wanted)
+        saved = read_checkpoint(FOLDER / f"run-{kind}-{WORLD}")
+        for name, tensor in truth.model.items():
+            if name.endswith(".ids"):
+                assert torch.equal(saved.model[name], tensor), (kind, name)
+            else:
+                torch.testing.assert_close(saved.model[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def check_trainer_refuses_what_cannot_be_split():
+    from chts_train.parallel import Processes, on_main
+
+    here = Processes.here()
+    assert here == Processes(RANK, WORLD, "ddp")
+    for arguments, message in (
+        ((WORLD + 1, "sparse"), f"batch_size must be a multiple of the {WORLD} processes, got {WORLD + 1}"),
+        ((WORLD, "ste"), "parallel must be ddp for methods with dense masked weights, got fsdp"),
+    ):
+        try:
+            Processes.here("fsdp").check(*arguments)
+        except ValueError as error:
+            assert message == str(error), error
+        else:
+            raise AssertionError(message)
+    assert on_main(lambda: RANK) == 0
+    try:
+        on_main(lambda: 1 / 0)
+    except ZeroDivisionError:
+        pass
+    else:
+        raise AssertionError("only rank 0 raised")
+    assert here.largest(RANK) == WORLD - 1
+    assert here.sum_(torch.tensor(1.0)).item() == WORLD
+    assert torch.equal(torch.cat([Processes(r, WORLD, "ddp").mine(torch.arange(2 * WORLD)) for r in range(WORLD)]),
+                       torch.arange(2 * WORLD))  # fmt: skip

@@ -1,0 +1,160 @@
+"""Jobs of 2 and 3 gloo processes, each started once; and what needs no second process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from chts_kernels import carry_over_, random_ids
+from chts_train import SparseLinear, TopologyEvolver, TopologySchedule, sparsify_
+from chts_train.distributed import (
+    RankCheck,
+    TopologyMismatch,
+    carry_over_rows_,
+    checksum,
+    gathered,
+    laid_out_like,
+    must_agree,
+    plain_name,
+    unwrapped,
+    whole_tree,
+)
+from tests.chts_train.jobs.checks import NAMES
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+
+# Compiling takes most of the time, and a third process adds nothing to it.
+CASES = [(world, name) for world in (2, 3) for name in NAMES if world == 2 or "compiled" not in name]
+
+
+def start(folder: Path, world: int, names: list[str]) -> None:
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    processes = []
+    for rank in range(world):
+        with open(folder / f"{world}-{rank}.log", "w") as log:
+            processes.append(
+                subprocess.Popen([sys.executable, "-m", "tests.chts_train.jobs", folder, *names], cwd=root, stdout=log, stderr=log,
+                                 env={**environment, "RANK": str(rank)})
+            )  # fmt: skip
+    for process in processes:
+        try:
+            process.wait(240)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def jobs(tmp_path_factory, text_folder):
+    """{world: [results of every rank]}. The jobs hand their distributed checkpoint on: 1 -> 2 -> 3 processes."""
+    folder = tmp_path_factory.mktemp("jobs")
+    (folder / "text").symlink_to(text_folder)
+    start(folder, 1, ["first_checkpoint"])
+    results = {}
+    for world in (2, 3):
+        start(folder, world, [name for name in NAMES if (world, name) in CASES])
+        files = [folder / f"{world}-{rank}.json" for rank in range(world)]
+        logs = "\n".join((folder / f"{world}-{rank}.log").read_text()[-2000:] for rank in range(world))
+        results[world] = [json.loads(f.read_text()) if f.exists() else {"log": logs} for f in files]
+    return results
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("world", "name"), CASES)
+def test_in_a_job(jobs, world, name):
+    found = {rank: result.get(name, f"not reached, after {result}") for rank, result in enumerate(jobs[world])}
+    wrong = {rank: text for rank, text in found.items() if text != "ok"}
+    assert not wrong, "\n".join(f"rank {rank}: {text}" for rank, text in wrong.items())
+
+
+# --- without other processes
+
+
+@pytest.mark.parametrize("n", (1, 2))
+def test_rows_of_a_shard_move_as_they_do_in_the_whole(n):
+    old, new = (random_ids(20, 12, n, seed=seed) for seed in (1, 2))
+    tensors = [torch.randn(20, 3 * n), torch.randint(0, 255, (20, 3 * n), dtype=torch.uint8), torch.randn(20, 3 * n).bfloat16()]
+    expected = [t.clone() for t in tensors]
+    carry_over_(expected, old, new, n)
+    for cuts in ((0, 7, 14, 20), (0, 10, 20), (0, 4, 20), (0, 20), (0, 1, 2, 19, 20), (0, 0, 20, 20)):
+        shards = [[t[a:b].clone() for t in tensors] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        for start_row, shard in zip(cuts, shards, strict=False):
+            carry_over_rows_(shard, old, new, n, start_row)
+        for index, whole in enumerate(expected):
+            assert torch.equal(torch.cat([shard[index] for shard in shards]), whole), cuts
+    carry_over_rows_([], old, new, n, 0)
+
+
+def test_checksums_tell_ids_and_places_apart():
+    ids = random_ids(40, 20, seed=0)
+    seen = {int(checksum(ids))}
+    assert int(checksum(ids.clone())) in seen and int(checksum(ids.view(5, 10))) in seen
+    for place in range(ids.numel()):
+        other = ids.clone().flatten()
+        other[place] = (other[place] + 1) % 90
+        seen.add(int(checksum(other)))
+    assert len(seen) == 1 + ids.numel()
+    assert int(checksum(ids.flatten().roll(1))) not in seen and int(checksum(ids.t().contiguous())) not in seen
+    part = ids.flatten()[3:]  # an address that is no multiple of 8
+    assert int(checksum(part)) == int(checksum(part.clone()))
+    assert len({int(checksum(torch.full((count,), 5, dtype=torch.uint8))) for count in (7, 8, 9)}) == 3
+
+
+def test_the_message_names_layers_and_the_minority():
+    check = RankCheck()
+    sums = torch.tensor([[1, 5, 9], [1, 6, 9], [1, 5, 8], [1, 5, 7]])
+    check._pending = (["a", "model.b", "c"], "after the update at step 4", sums, None)
+    with pytest.raises(TopologyMismatch) as info:
+        check.finish()
+    assert "after the update at step 4, got others in 'model.b' (rank 1), 'c' (ranks 2, 3);" in str(info.value)
+    check.finish()  # said once
+    check._pending = (["a"], "", torch.ones(3, 1), None)
+    check.poll()
+    assert check._pending is None
+
+
+def test_one_process_compares_nothing():
+    assert not must_agree()
+    model = nn.Sequential(nn.Linear(8, 8))
+    sparsify_(model)
+    evolver = TopologyEvolver(model, torch.optim.SGD(model.parameters(), lr=0.1), TopologySchedule(4, interval=1))
+    assert evolver.step() is False
+
+
+def test_wrappers_do_not_change_names():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8)))
+    sparsify_(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model[1].compile(backend="aot_eager")
+    network = torch.compile(nn.DataParallel(model), backend="aot_eager")
+    assert unwrapped(network) is model
+    assert plain_name("layers.0._orig_mod.mlp._checkpoint_wrapped_module.up") == "layers.0.mlp.up"
+    assert list(TopologyEvolver(network, optimizer, TopologySchedule(4)).layers) == ["0", "1.0"]
+    model[1] = torch.compile(model[1], backend="aot_eager")
+    assert list(TopologyEvolver(model, optimizer, TopologySchedule(4)).layers) == ["0", "1.0"]
+
+
+def test_whole_tensors_pass_through():
+    tensor = torch.ones(3)
+    assert gathered(tensor) is tensor and laid_out_like(tensor, torch.zeros(3)) is tensor
+    tree = {"a": [tensor, 1], "b": ("x", None)}
+    assert whole_tree(tree) == tree
+
+
+def test_a_layer_gets_its_pattern_with_its_memory():
+    layer = SparseLinear(12, 8, n=1, device="meta")
+    assert layer.ids.is_meta and layer.values.is_meta
+    layer.to_empty(device="cpu").reset_parameters()
+    layer.weight.validate()
+    assert layer(torch.randn(2, 12)).isfinite().all()
+    assert torch.equal(layer.ids, random_ids(8, 12, 1, seed=layer._origin[0]))
+    with pytest.raises(ValueError, match="init: must be 'random' for a layer on the meta device, got 'magnitude'"):
+        SparseLinear.from_linear(nn.Linear(8, 8, device="meta"))
