@@ -56,7 +56,8 @@ def test_the_binary_holds_the_instructions(name, instruction):
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("name", ["128x256", "256x128", "sparse128x256"])
 def test_every_piece_has_its_own_number_of_blocks(name, split):
-    """Triton 3.6 replaced a loop-carried count of blocks by the first piece's: pieces of other lengths then hung the kernel.
+    """Triton 3.6 drops the update of a loop-carried value that only bounds an inner loop: with a carried count of blocks every
+    piece got the first one's, and pieces of other lengths hung the kernel.
 
     In the optimised IR, what bounds the product loop inside the loop over pieces must come from a read inside that loop."""
     code = launch.compile_variant(launch.Variant(CONFIGS[name], split, 2, BF16, BF16)).asm["ttgir"]

@@ -279,7 +279,7 @@ def classify_kernel(
                 key = cheap_key(magnitude, word, of_weight, of_noise, COMPILED)
                 doubtful = word >= TOO_LIKELY
                 removed = (key < low) & (doubtful == 0)
-                listed = (key <= high) | doubtful
+                listed = ((key > high) == 0) | doubtful  # NaN is listed: its exact key is inf, which the k-th may be
             else:
                 bin_ = position(link_key(magnitude, 0, inv_temperature, SOFT), scale, SOFT) >> 19
                 removed = bin_ < first_bin

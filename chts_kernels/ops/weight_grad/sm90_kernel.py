@@ -178,7 +178,8 @@ def _mma_partition(out_ptr, ws_ptr, counter_ptr, starts_ptr, pieces_ptr, stamp_p
     if STAMP:
         stamp(stamp_ptr, 1)
     for i in range(first, last):
-        # Read here, not carried from piece to piece: Triton 3.6 replaced a carried count by the first piece's, without a word.
+        # Read here, not carried from piece to piece: of a loop-carried value that only bounds an inner loop, Triton 3.6 drops the
+        # update, and every piece would get the first one's number of blocks.
         pm, pn, kb, count = read4(pieces_ptr, 2 * i)
         tm, tn = tile(pm, pn, CL, SHARE)
         mbar_wait(BARRIERS + s * 8, phase)
