@@ -186,41 +186,8 @@ class Launch(threading.local):
         """
         self.config.stream = stream
         code = self._run(*self._arguments)
-        if code:
-            self._again(code, self._arguments)
-
-    def _again(self, code: int, arguments: tuple) -> None:
-        """After a refused launch: once more in the context that the thread lacked, else the error."""
         if code == _INVALID_CONTEXT:
             _check(_driver().cuCtxSetCurrent(self.kernel.context), "cuCtxSetCurrent")
-            code = self._run(*arguments)
+            code = self._run(*self._arguments)
         if code:
             _check(code, f"cuLaunchKernelEx({self.config.grid[0]} blocks of {self.kernel.threads} threads)")
-
-    def frozen(self, stream: int, *keep: object) -> FrozenLaunch:
-        """A copy of this launch as it stands, for a raw stream. `keep`: what its arguments point to (tensor maps)."""
-        return FrozenLaunch(self, stream, keep)
-
-
-class FrozenLaunch:
-    """A launch whose arguments no longer change: threads may share it, and a call sets nothing."""
-
-    __slots__ = ("_again", "_arguments", "_keep", "_run")
-
-    def __init__(self, launch: Launch, stream: int, keep: tuple) -> None:
-        count = len(launch.kernel.kinds)
-        values = (c_uint64 * count)(*launch.values)
-        old, new = addressof(launch.values), addressof(values)
-        moved = [new + at - old if old <= at < old + 8 * count else at for at in launch.pointers]
-        pointers = (c_void_p * count)(*moved)
-        config = _LaunchConfig.from_buffer_copy(launch.config)
-        config.stream = stream
-        self._run, self._again = launch._run, launch._again
-        self._arguments = addressof(config), launch.kernel.function, addressof(pointers), None
-        self._keep = values, pointers, config, launch.config, keep     # the old configuration holds the attributes
-
-    def run(self) -> None:
-        """Enqueue, as :meth:`Launch.run` does."""
-        code = self._run(*self._arguments)
-        if code:
-            self._again(code, self._arguments)

@@ -134,7 +134,7 @@ def pattern_table(n: int) -> PatternTable:
 
 @functools.cache
 def _table_tensor(n: int, name: str, device: torch.device) -> torch.Tensor:
-    import torch
+    from .lasting import to_device
 
     table = pattern_table(n)
     arrays = [f.name for f in fields(table) if isinstance(getattr(table, f.name), np.ndarray)]
@@ -143,8 +143,4 @@ def _table_tensor(n: int, name: str, device: torch.device) -> torch.Tensor:
     array = getattr(table, name)
     if array.dtype == np.uint16:
         array = array.astype(np.int32)
-    # A real tensor even when the first caller runs under FakeTensorMode or inference mode: it is cached for everyone.
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.inference_mode(False):
-        made = torch.from_numpy(array.copy())
-        # From pinned memory the copy is asynchronous: the first update on a device must not wait for it either.
-        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+    return to_device(array, device)

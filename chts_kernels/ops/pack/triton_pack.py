@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...lasting import to_device
 from ...layout.metadata import PADDING_NIBBLE, ROW_PADDING
 from ...patterns import BLOCK, pattern_table
 from .. import _triton
@@ -45,9 +46,7 @@ def block_table(n: int, device: torch.device) -> torch.Tensor:
     slots = table.from_transposed_slot if n == 2 else np.concatenate([table.from_transposed_slot, table.columns[..., 0]], 1)
     nibbles = (slots.astype(np.uint64) << np.arange(32, 64, 4, dtype=np.uint64)).sum(axis=1, dtype=np.uint64)
     words[: len(table)] = meta | meta[table.transpose_id] << np.uint64(16) | nibbles
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.inference_mode(False):
-        made = torch.from_numpy(words.view(np.int64))
-        return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made
+    return to_device(words.view(np.int64), device)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from ... import rng_triton as noise
+from ...lasting import to_device
 from ...patterns import BLOCK, pattern_table
 from .._batch import BatchKernel, aligned, check_noise, on_device, table, triton_type
 from ..carry_over.triton_carry_over import load_block, store_block, tensor_pointer
@@ -59,9 +60,7 @@ def completion_table(n: int, device: torch.device) -> torch.Tensor:
     first = np.zeros(1 << 16, dtype=np.int16)
     for index in reversed(range(len(patterns))):
         first[(masks & ~int(patterns.mask16[index])) == 0] = index
-    packed = torch.from_numpy(first + 256 * (patterns.completions > 1).astype(np.int16))
-    with torch._subclasses.fake_tensor.unset_fake_temporarily(), torch.inference_mode(False):
-        return packed.to(device)
+    return to_device(first + 256 * (patterns.completions > 1).astype(np.int16), device)
 
 
 @triton.jit

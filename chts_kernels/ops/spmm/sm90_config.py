@@ -17,7 +17,7 @@ class Sm90Config:
     """bm x bn tile; `stages` of 64 columns in flight; `group` row tiles (cluster * bm rows each) form a band that keeps W in L2 while
     tokens stream by; `cluster` CTAs stacked along the rows share every X tile by multicast; the output leaves in passes of `y_tokens`
     (0: bn) tokens; `hints` are the L2 policies of W, X and Y: n(ormal), evict f(irst), evict l(ast); metadata is fetched `ahead`
-    groups of four steps before its use; `grouped` products of four steps are waited for, and their stages released, together."""
+    groups of four steps before its use."""
 
     bm: int
     bn: int
@@ -27,12 +27,11 @@ class Sm90Config:
     y_tokens: int = 0
     hints: str = "nnn"
     ahead: int = 1
-    grouped: bool = False
 
     @property
     def name(self) -> str:
         extras = (f"c{self.cluster}" * (self.cluster > 1), f"s{self.stages}", f"g{self.group}", f"y{self.y_tokens}" * (self.y_tokens > 0),
-                  self.hints * (self.hints != "nnn"), f"a{self.ahead}" * (self.ahead > 1), "w" * self.grouped)
+                  self.hints * (self.hints != "nnn"), f"a{self.ahead}" * (self.ahead > 1))
         return f"{self.bm}x{self.bn}" + "".join(extras)
 
     @property
@@ -85,7 +84,6 @@ def why_illegal(config: Sm90Config) -> str | None:
         (c.stages >= 2, "stages must be at least 2"),
         (c.group >= 1, "group must be positive"),
         (1 <= c.ahead <= 4, "ahead must be 1 to 4"),
-        (c.stages >= 8 or not c.grouped, "grouped products need 8 stages: four are filled while four are read"),
         (c.bn % c.store_tokens == 0 and c.store_tokens % 16 == 0, "y_tokens must divide bn and be a multiple of 16"),
         (len(c.hints) == 3 and set(c.hints) <= set("nfl"), "hints must be three of n, f, l"),
         (c.shared_bytes <= SHARED_LIMIT, f"shared memory {c.shared_bytes} must not exceed {SHARED_LIMIT}"),

@@ -83,17 +83,17 @@ def _load_partition(steps, num_m, num_n, STAGES: gl.constexpr, RING: gl.constexp
 
 @gluon.jit
 def _multiply(accs, x, y, slot, flag, STAGES: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr, ROWS: gl.constexpr,
-              BLOCKS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DTYPE: gl.constexpr, WAIT: gl.constexpr):
-    """Issue one step's products, from the slot's stage once it is full; WAIT: the step before is finished on return. flag 0: overwrite."""
+              BLOCKS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, DTYPE: gl.constexpr):
+    """Issue one step's products, from the slot's stage once it is full; the step before is finished on return. flag 0: overwrite."""
     STAGE: gl.constexpr = BM * 64 + BN * 128
     s = slot % 256
     mbar_wait(BARRIERS + s * 8, slot // 256)
     at = s * (STAGE // 16 * 65537) + (RING // 16 * 65537 + (BN * 128 + ROWS * 64) // 16)
     ab = gl.full(accs[0].shape, at | flag, gl.int32, accs[0].type.layout)
     if BLOCKS == 1:
-        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), ), BN, DTYPE, WAIT)
+        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), ), BN, DTYPE)
     else:
-        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), gl.expand_dims(y, 1)), BN, DTYPE, WAIT)
+        accs = wgmma_sp(accs, ab, (gl.expand_dims(x, 1), gl.expand_dims(y, 1)), BN, DTYPE)
     return accs
 
 
@@ -130,7 +130,7 @@ def _first_words(meta_ptr, row, steps, tid, AHEAD: gl.constexpr):
 def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.constexpr, BM: gl.constexpr,
                         BN: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
                         Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr,
-                        AHEAD: gl.constexpr, GROUPED: gl.constexpr, CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr,
+                        AHEAD: gl.constexpr, CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr,
                         HINTS: gl.constexpr):
     """Warpgroup WG: rows [WG * BLOCKS * 64, (WG + 1) * BLOCKS * 64) of the tile."""
     ROWS: gl.constexpr = WG * BLOCKS * 64
@@ -163,24 +163,18 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
                 ahead = gl.where(more, ahead, 0)
             next_xs = _words(meta_ptr, at, ahead, steps, tid, AHEAD > 1)
             next_ys = _words(meta_ptr, at + second, ahead, steps, tid, AHEAD > 1)
-            before = slot if GROUPED else slot % 256
+            before = slot % 256
             for v in gl.static_range(4):
                 flag = 0x8000
                 if v == 0:
                     flag = gl.where(step > 0, 0x8000, 0)    # a tile's first product overwrites: no zeroing
-                accs = _multiply(accs, xs[v], ys[v], slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE, not GROUPED)
-                if not GROUPED:
-                    if v > 0:
-                        mbar_arrive(EMPTY + before * 8, CLUSTER)
-                    before = slot % 256
+                accs = _multiply(accs, xs[v], ys[v], slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
+                if v > 0:
+                    mbar_arrive(EMPTY + before * 8, CLUSTER)
+                before = slot % 256
                 slot = _next(slot, STAGES)
             accs = wgmma_wait_all(accs)
-            if GROUPED:
-                for _v in gl.static_range(4):
-                    mbar_arrive(EMPTY + before % 256 * 8, CLUSTER)
-                    before = _next(before, STAGES)
-            else:
-                mbar_arrive(EMPTY + before * 8, CLUSTER)
+            mbar_arrive(EMPTY + before * 8, CLUSTER)
             xs = shifted(xs, next_xs)
             ys = shifted(ys, next_ys)
         rest = steps % 4
@@ -190,7 +184,7 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
                 next_ys = _words(meta_ptr, next_row + second, 0, steps, tid, False)
             for v in range(rest):
                 flag = gl.where((v > 0) | (steps >= 4), 0x8000, 0)
-                accs = _multiply(accs, xs[0], ys[0], slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE, False)
+                accs = _multiply(accs, xs[0], ys[0], slot, flag, STAGES, RING, BARRIERS, ROWS, BLOCKS, BM, BN, DTYPE)
                 accs = wgmma_wait_all(accs)
                 mbar_arrive(EMPTY + slot % 256 * 8, CLUSTER)
                 slot = _next(slot, STAGES)
@@ -224,7 +218,7 @@ def _multiply_partition(meta_ptr, bias_ptr, n_out, steps, num_m, num_n, WG: gl.c
 def chts_spmm_sm90(w_desc, x_desc, y_desc, meta_ptr, bias_ptr, n_out, steps, num_m, num_n, BM: gl.constexpr, BN: gl.constexpr,
                    WARPGROUPS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, Y_OFFSET: gl.constexpr,
                    Y_TOKENS: gl.constexpr, BARRIERS: gl.constexpr, GROUP: gl.constexpr, CLUSTER: gl.constexpr,
-                   AHEAD: gl.constexpr, GROUPED: gl.constexpr, CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr,
+                   AHEAD: gl.constexpr, CHUNK: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr,
                    HINTS: gl.constexpr, SOURCE: gl.constexpr):
     """steps: 64-column steps of K; num_m counts row tiles of CLUSTER * BM rows. Shared memory from RING on: STAGES of (X tile, W tile),
     an output buffer per warpgroup at Y_OFFSET, and at BARRIERS a full and an empty mbarrier per stage. SOURCE only names the
@@ -239,14 +233,14 @@ def chts_spmm_sm90(w_desc, x_desc, y_desc, meta_ptr, bias_ptr, n_out, steps, num
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
-                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, AHEAD, GROUPED, CHUNK, HAS_BIAS, DTYPE, HINTS)),
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, AHEAD, CHUNK, HAS_BIAS, DTYPE, HINTS)),
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 1, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
-                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, AHEAD, GROUPED, CHUNK, HAS_BIAS, DTYPE, HINTS)),
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, AHEAD, CHUNK, HAS_BIAS, DTYPE, HINTS)),
             (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS)),
         ], [4, 4], [240, 24])
     else:
         gl.warp_specialize([
             (_multiply_partition, (meta_ptr, bias_ptr, n_out, steps, num_m, num_n, 0, BM, BN, BLOCKS, STAGES, RING, Y_OFFSET,
-                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, AHEAD, GROUPED, CHUNK, HAS_BIAS, DTYPE, HINTS)),
+                                   Y_TOKENS, BARRIERS, GROUP, CLUSTER, AHEAD, CHUNK, HAS_BIAS, DTYPE, HINTS)),
             (_load_partition, (steps, num_m, num_n, STAGES, RING, BARRIERS, BM, BN, GROUP, CLUSTER, HINTS)),
         ], [4], [24])

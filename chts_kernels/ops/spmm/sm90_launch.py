@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...cuda_driver import FrozenLaunch, Kernel, Launch, TensorMap, parameters
+from ...cuda_driver import Kernel, Launch, TensorMap, parameters
 from .sm90_config import RESERVED, SHARED_LIMIT, Sm90Config, why_illegal
 
 NAME = "chts_spmm_sm90"
@@ -39,7 +39,7 @@ def compile_config(config: Sm90Config, dtype: torch.dtype, bias: torch.dtype | N
     constants = {"BM": config.bm, "BN": config.bn, "WARPGROUPS": config.warpgroups, "BLOCKS": config.blocks, "STAGES": config.stages,
                  "RING": RESERVED, "Y_OFFSET": config.store_offset, "Y_TOKENS": config.store_tokens,
                  "BARRIERS": config.barrier_offset, "GROUP": config.group, "CLUSTER": config.cluster, "AHEAD": config.ahead,
-                 "GROUPED": config.grouped, "CHUNK": config.chunk, "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype],
+                 "CHUNK": config.chunk, "HAS_BIAS": bias is not None, "DTYPE": PTX_DTYPE[dtype],
                  "HINTS": config.hints, "SOURCE": _source()}
     compiled = compile_kernel(chts_spmm_sm90, signature, constants)
     check_ptx(compiled.asm["ptx"], int(compiled.metadata.shared), config)
@@ -116,11 +116,9 @@ class Plan:
         row_bytes: bytes from row to row of values, x and y.
         config: the tile configuration.
 
-    A call with the addresses of an earlier one repeats its launch as it was; a map is encoded once per address. At `calls_limit`
-    launches or `maps_limit` maps of an operand their cache starts over.
+    A map is encoded once per address and kept; at `maps_limit` of them an operand's cache starts over.
     """
 
-    calls_limit = 1024
     maps_limit = 256
 
     def __init__(self, tokens: int, out_features: int, in_features: int, dtype: torch.dtype, bias: torch.dtype | None, device: int,
@@ -138,29 +136,24 @@ class Plan:
                        (tokens, in_features, x_bytes, (config.bn // config.cluster, 64), 128),
                        (tokens, out_features, y_bytes, (config.store_tokens, 64), 128))
         self.maps: tuple[dict[int, TensorMap], ...] = ({}, {}, {})
-        self.calls: dict[tuple[int, ...], FrozenLaunch] = {}
 
-    def _map(self, operand: int, address: int) -> TensorMap:
+    def _encode(self, operand: int, address: int) -> TensorMap:
         maps = self.maps[operand]
-        found = maps.get(address)
-        if found is None:
-            if len(maps) >= self.maps_limit:
-                maps.clear()
-            found = maps[address] = TensorMap(address, *self.shapes[operand])
+        if len(maps) >= self.maps_limit:
+            maps.clear()
+        found = maps[address] = TensorMap(address, *self.shapes[operand])
         return found
-
-    def _prepare(self, values: int, x: int, y: int, meta: int, bias: int, stream: int) -> FrozenLaunch:
-        call = self.call
-        maps = self._map(0, values), self._map(1, x), self._map(2, y)
-        for index, found in zip((PARAM_W, PARAM_X, PARAM_Y), maps, strict=True):
-            call.pointers[index] = found.address
-        call.values[PARAM_META], call.values[PARAM_BIAS] = meta, bias
-        if len(self.calls) >= self.calls_limit:
-            self.calls.clear()
-        ready = self.calls[values, x, y, meta, bias, stream] = call.frozen(stream, *maps)
-        return ready
 
     def run(self, values: int, x: int, y: int, meta: int, bias: int, stream: int) -> None:
         """Launch: device addresses (values, x and y 16-byte aligned; bias 0 for none) and the raw stream."""
-        call = self.calls.get((values, x, y, meta, bias, stream)) or self._prepare(values, x, y, meta, bias, stream)
-        call.run()
+        w_maps, x_maps, y_maps = self.maps
+        call = self.call
+        pointers, scalars = call.pointers, call.values
+        # Held by name until the launch: another thread may empty a cache meanwhile.
+        w_map = w_maps.get(values) or self._encode(0, values)
+        x_map = x_maps.get(x) or self._encode(1, x)
+        y_map = y_maps.get(y) or self._encode(2, y)
+        pointers[PARAM_W], pointers[PARAM_X], pointers[PARAM_Y] = w_map.address, x_map.address, y_map.address
+        scalars[PARAM_META] = meta
+        scalars[PARAM_BIAS] = bias
+        call.run(stream)

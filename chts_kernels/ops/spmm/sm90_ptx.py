@@ -125,8 +125,8 @@ def _tied_constraints(count: int) -> str:
     return ",".join(["=f"] * count + [str(i) for i in range(count)])
 
 
-def _product_asm(bn: int, blocks: int, pack: int, dtype: str, wait: bool) -> tuple[str, str]:
-    """wgmma.sp over one 64-wide K step for `blocks` stacked m64 blocks, left in flight; `wait`: for the previous step.
+def _product_asm(bn: int, blocks: int, pack: int, dtype: str) -> tuple[str, str]:
+    """wgmma.sp over one 64-wide K step for `blocks` stacked m64 blocks, left in flight; waits for the previous step.
 
     Operands: blocks*bn/2 accumulators, the same tied, then per input tensor `pack` copies of: `ab` (W offset / 16 | accumulate << 15 |
     X offset / 16 << 16), and each block's metadata word."""
@@ -148,16 +148,16 @@ def _product_asm(bn: int, blocks: int, pack: int, dtype: str, wait: bool) -> tup
                 f"wgmma.mma_async.sp.sync.aligned.m64n{bn}k32.f32.{dtype}.{dtype} {{{acc}}}, dw, dx, "
                 f"${ab + pack * (1 + block)}, {step}, {'always' if step else 'keep'}, 1, 1, 0, 0;",
             ]
-    lines.append("wgmma.commit_group.sync.aligned;" + " wgmma.wait_group.sync.aligned 1;" * wait + " }")
+    lines.append("wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 1; }")
     return "\n".join(lines), _tied_constraints(total) + ",r" * (pack * (1 + blocks))
 
 
 @builtin
-def wgmma_sp(accs, ab, metas, BN, DTYPE, WAIT, _semantic=None):
+def wgmma_sp(accs, ab, metas, BN, DTYPE, _semantic=None):
     """accs: tuple of float32 [128, pack], one thread a row (192 columns are no power of two: hence chunks); metas: int32 [128, 1]."""
     accs, metas = list(accs), list(metas)
     pack = int(unwrap(accs[0].shape[1]))
-    asm, constraints = _product_asm(unwrap(BN), len(metas), pack, unwrap(DTYPE), bool(unwrap(WAIT)))
+    asm, constraints = _product_asm(unwrap(BN), len(metas), pack, unwrap(DTYPE))
     extra = [_semantic.broadcast_impl_shape(v, accs[0].shape) for v in [ab, *metas]]
     return asm_tied(_semantic, asm, constraints, accs, extra, pack)
 

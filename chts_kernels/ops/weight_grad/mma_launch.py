@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...cuda_driver import Kernel, Launch
+from ...lasting import to_device
 from ..spmm.mma_config import MmaConfig, why_illegal
 from ..spmm.mma_launch import PTX_DTYPE, capability_of, check_ptx, grid, load_binary, resources, source
 from .sm90_launch import PTX_OUT, selector_table
@@ -83,7 +84,7 @@ def load(variant: Variant, device: int) -> Kernel:
 @functools.cache
 def table(n: int, device: int) -> torch.Tensor:
     """The selectors (see mma_links.py) on a device."""
-    return torch.from_numpy(selector_table(n)).to(f"cuda:{device}")
+    return to_device(selector_table(n), device)
 
 
 # --- launch ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ... import cuda_driver
+from ...lasting import lasting, to_device
 from ...patterns import pattern_table
 from ..spmm.sm90_config import RESERVED
 from .sm90_config import STEP, DwConfig, why_illegal
@@ -148,7 +149,7 @@ def selector_table(n: int) -> np.ndarray:
 
 @functools.cache
 def _selectors(n: int, device: int) -> torch.Tensor:
-    return torch.from_numpy(selector_table(n)).to(f"cuda:{device}")
+    return to_device(selector_table(n), device)
 
 
 class _Counters:
@@ -158,7 +159,8 @@ class _Counters:
     SLICES = 1024
 
     def __init__(self, device: int) -> None:
-        self.arena = torch.zeros(self.SLICES * COUNTERS, dtype=torch.int32, device=f"cuda:{device}")
+        size = self.SLICES * COUNTERS
+        self.arena = lasting(lambda: torch.zeros(size, dtype=torch.int32, device=f"cuda:{device}"), device)
         torch.cuda.current_stream(device).synchronize()  # once a device: other streams use it without waiting
         self.next = itertools.count()
         self.by_stream: dict[int, int] = {}
@@ -200,7 +202,7 @@ def _lists(tiles_m: int, tiles_n: int, blocks: int, work: Work, device: int) -> 
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("weight_grad: the first call with new sizes copies its schedule to the device; make it before capturing a graph")
     starts, pieces, slots = table(tiles_m, tiles_n, blocks, work)
-    lists = torch.from_numpy(np.concatenate([starts.reshape(-1), pieces.reshape(-1)])).to(f"cuda:{device}")
+    lists = to_device(np.concatenate([starts.reshape(-1), pieces.reshape(-1)]), device)
     torch.cuda.current_stream(device).synchronize()  # other streams use it without waiting
     return lists, 4 * starts.size, slots
 
