@@ -58,36 +58,32 @@ def test_a_launch_passes_what_was_set(driver):
 def test_attributes(driver, cluster, overlap, attributes):
     launch = Launch(kernel(cluster), 132, (), overlap)
     launch.run(11)
-    launch.frozen(12).run()
-    assert [seen[4] for seen in driver.seen] == [attributes] * 2
+    assert driver.seen[0][4] == attributes
 
 
-def test_a_frozen_launch_keeps_its_arguments(driver):
+def test_every_thread_has_its_own_arguments(driver):
     launch = Launch(kernel(), 132, ((3, 7),))
     launch.pointers[0], launch.values[1] = 1 << 40, 2 << 40
-    first = launch.frozen(11, "what it points to")
-    launch.pointers[0], launch.values[1] = 3 << 40, 4 << 40
-    second = launch.frozen(12)
-    launch.values[1] = 0
-    first.run(), second.run(), first.run()
-    expected = (11, 132, 384, 1000, {}, [1 << 40, 2 << 40, 0, 7], 99)
-    assert driver.seen == [expected, (12, 132, 384, 1000, {}, [3 << 40, 4 << 40, 0, 7], 99), expected]
-    thread = threading.Thread(target=first.run)     # the launch itself is each thread's own, a frozen one is everybody's
+
+    def other():
+        launch.pointers[0], launch.values[1] = 3 << 40, 4 << 40
+        launch.run(12)
+
+    thread = threading.Thread(target=other)
     thread.start()
     thread.join()
-    assert driver.seen[-1] == expected
+    launch.run(11)
+    assert [(seen[0], seen[5]) for seen in driver.seen] == [(12, [3 << 40, 4 << 40, 0, 7]), (11, [1 << 40, 2 << 40, 0, 7])]
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-def test_a_thread_without_a_context_gets_one_and_errors_are_raised(driver, freeze):
+def test_a_thread_without_a_context_gets_one_and_errors_are_raised(driver):
     launch = Launch(kernel(), 132, ())
-    run = launch.frozen(11).run if freeze else lambda: launch.run(11)
     driver.codes = [201, 0]
-    run()
+    launch.run(11)
     assert driver.contexts == [5] and len(driver.seen) == 2
     driver.codes = [201, 700]
     with pytest.raises(RuntimeError, match="cuLaunchKernelEx.*700"):
-        run()
+        launch.run(11)
     driver.codes = [1]
     with pytest.raises(RuntimeError, match=r"cuLaunchKernelEx\(132 blocks of 384 threads\): CUDA driver error 1"):
-        run()
+        launch.run(11)
