@@ -60,7 +60,7 @@ def test_bits_follow_the_documented_counter() -> None:
 
 
 def test_purposes_never_change_their_number() -> None:
-    assert [(p.name, p.value) for p in Purpose] == [("REMOVE", 0), ("REGROW", 1), ("INIT", 2), ("MVUE", 3)]
+    assert [(p.name, p.value) for p in Purpose] == [("REMOVE", 0), ("REGROW", 1), ("INIT", 2), ("MVUE", 3), ("ROUND", 4)]
 
 
 def test_element_noise_does_not_depend_on_the_number_of_rows() -> None:

@@ -122,6 +122,18 @@ def test_remove_equals_the_reference(n: int, mode: str, kind: str, device: str) 
                 assert torch.equal(got, want), (rows, columns, dtype, zeta)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("size, n", [(512, 1), (512, 2), (2048, 1), (2048, 2), (4096, 1), (4096, 2)])
+def test_the_range_of_random_survivors_is_known_beforehand(size: int, n: int) -> None:
+    """Else every update quantises twice, as it did above 2048 where rows of one block fell out of the range."""
+    from chts_kernels.ops.score.triton_score import ranges, score_raw
+
+    w = random_weight(size, size, n, device="cuda")
+    survivors = remove(w.values, w.ids, n, zeta=0.1, temperature=2.0, impl="triton", **NOISE)
+    (lowest, highest), seen = ranges(score_raw(survivors[None]), size, size)
+    assert lowest <= seen[0] <= seen[1] <= highest
+
+
 def test_a_window_that_misses_is_found_out(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks are drawn of hundreds: the window is wrong more often than not, the result never."""
     from chts_kernels.ops.remove import triton_remove

@@ -97,13 +97,19 @@ def raw_score(sums, row_degree, column_degree, own, origin, unit, QMAX: tl.const
 
 @triton.jit
 def expected_range(state_ptr, layer, rows, columns):
-    """(lowest, highest) W expected of a random graph with as many survivors."""
+    """(lowest, highest) W expected of a random graph with as many survivors.
+
+    The lowest are of rows (columns) of one block, which share fewer neighbours than others: of the links of a 2:4 block's columns (more
+    than a quarter of all) two thirds of what independent rows would, of a 1:4 block's none. A guess: what lies outside is seen, and
+    quantised again."""
     links = tl.load(state_ptr + layer * STATE).to(tl.float32)
     density = links / (rows.to(tl.float32) * columns.to(tl.float32))
     free = 1.0 - density
     expected = density / free
     spread = 8.0 * tl.sqrt((1.0 - density * density) / tl.minimum(rows, columns).to(tl.float32)) / (free * free)
-    return tl.maximum(expected - spread, 0.0), expected + spread
+    shared = tl.where(density > 0.25, density * (2.0 / 3.0), 0.0)
+    lowest = tl.minimum(expected - spread, shared / (1.0 - shared) - 0.35 * spread)
+    return tl.maximum(lowest, 0.0), expected + tl.where(density > 0.25, spread, 1.25 * spread)
 
 
 @triton.jit
@@ -484,6 +490,18 @@ def score_many(survivors: torch.Tensor, **options: int | str | None) -> torch.Te
     return scores
 
 
+def ranges(raw: Raw, rows: int, columns: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """(lowest, highest) W of the first layer, expected and seen, as the kernels compute them. For tests: it waits for the device."""
+    count, high_bits, low_bits = raw.state[:3].tolist()
+    seen = torch.tensor([low_bits ^ ALL_BITS.value, high_bits], dtype=torch.int32).view(torch.float32).tolist()
+    density = count / (rows * columns)
+    expected = density / (1 - density)
+    spread = 8 * ((1 - density**2) / min(rows, columns)) ** 0.5 / (1 - density) ** 2
+    shared = density * 2 / 3 if density > 0.25 else 0.0
+    lowest = min(expected - spread, shared / (1 - shared) - 0.35 * spread)
+    return (max(lowest, 0.0), expected + (spread if density > 0.25 else 1.25 * spread)), (seen[0], seen[1])
+
+
 def rounding_bound(survivors: torch.Tensor, digits: int | None = None) -> torch.Tensor:
     """float64 [N, K]: the largest possible |kernel score - exact score| of survivors int32 [N/4, K/4]. For tests: it reads
     the measured range back from the device and needs memory like the reference."""
@@ -493,12 +511,7 @@ def rounding_bound(survivors: torch.Tensor, digits: int | None = None) -> torch.
     rows, columns = mask.shape
     raw = score_raw(survivors[None], digits=digits)
     scores = score_many(survivors[None], digits=digits)[0].double()
-    count, high_bits, low_bits = raw.state[:3].tolist()
-    seen = torch.tensor([low_bits ^ ALL_BITS.value, high_bits], dtype=torch.int32).view(torch.float32).tolist()
-    density = count / (rows * columns)
-    expected = density / (1 - density)
-    spread = 8 * ((1 - density**2) / min(rows, columns)) ** 0.5 / (1 - density) ** 2
-    low, high = max(expected - spread, 0.0), expected + spread
+    (low, high), seen = ranges(raw, rows, columns)
     if not low <= seen[0] <= seen[1] <= high:
         low, high = seen
     unit = max((high - low) / (2 * raw.qmax), high * 2.0**-20 + 2.0**-40)
