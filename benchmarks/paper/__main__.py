@@ -1,0 +1,151 @@
+"""The command line: run arms (the default), ``report``, ``flops``; ``worker`` is what a run starts for each arm."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+DESCRIPTION = """\
+The paper's experiments at the scale that one GPU allows. An invocation trains for --minutes and stops at checkpoints; the
+next one goes on. Finished arms accumulate in benchmarks/results/paper/table<N>.json.
+
+  python -m benchmarks.paper --table 1 --jobs 4          every arm of table 1 on seeds 0, 1, 2, four at a time
+  python -m benchmarks.paper --table 2 --figure 3 4      the ablation; runs that table 1 has made are taken from there
+  python -m benchmarks.paper --table 1 --arms dense chts24 --seeds 0
+  python -m benchmarks.paper report                      tables, report.md, figures; --scale tiny for tests' results
+  python -m benchmarks.paper flops                       Appendix J
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status: 0, 1 when an arm failed, 2 for a wrong call."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else "run"
+    rest = arguments[1:] if arguments and arguments[0] == command else arguments
+    try:
+        return COMMANDS[command](rest)
+    except (ValueError, FileNotFoundError, ImportError) as error:
+        print(f"benchmarks.paper: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of ``run``."""
+    from benchmarks.paper.protocol import FIGURES, TABLES
+    from benchmarks.paper.results import FOLDER
+
+    p = argparse.ArgumentParser(
+        "python -m benchmarks.paper", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--table", type=int, nargs="+", default=[], choices=list(TABLES), help="train what these tables show")
+    p.add_argument("--figure", type=int, nargs="+", default=[], choices=list(FIGURES), help="likewise; then draw them")
+    p.add_argument("--minutes", type=float, default=9.0, help="stop after so long, start-up included (default 9)")
+    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--arms", nargs="+", default=[], metavar="METHOD", help="only these methods (also others than the table's)")
+    p.add_argument("--jobs", type=int, default=1, help="arms that share the GPU, a process each (default 1; 0: in this process)")
+    p.add_argument("--out", type=Path, default=FOLDER, help="folder of the result files (default benchmarks/results/paper)")
+    _shared(p)
+    return p
+
+
+def _shared(p: argparse.ArgumentParser) -> None:
+    from benchmarks.paper.protocol import SCALES
+
+    p.add_argument("--scale", choices=SCALES, default="reduced")
+    p.add_argument("--runs", type=Path, default=Path("runs/paper"), help="folder of the run folders (default runs/paper)")
+    p.add_argument("--data", type=Path, help="folder with the books pack and cifar10_jpeg.npz; default runs/data")
+
+
+def _run(arguments: Sequence[str]) -> int:
+    start = time.monotonic()  # torch is not imported yet: nearly when the process began
+    options = parser().parse_args(arguments)
+    from benchmarks import environment
+    from benchmarks.paper import schedule
+    from benchmarks.paper.arms import unpacked
+    from benchmarks.paper.protocol import FIGURES, TABLES, Places, method_name, protocol_of
+    from benchmarks.paper.results import Paper, path_of
+
+    tables = sorted({*options.table, *(FIGURES[figure] for figure in options.figure)})
+    if not tables:
+        raise ValueError("--table or --figure: must name at least one")
+    if options.jobs < 0 or options.minutes <= 0:
+        raise ValueError(f"--jobs must be at least 0 and --minutes positive, got {options.jobs} and {options.minutes:g}")
+    places = Places.find(options.data, options.scale)
+    text = places.text if isinstance(places.text, str) else ", ".join(Path(name).name for name in places.text)
+    print(f"data: {text}; images: {Path(places.images).name}", flush=True)
+    home = options.runs.resolve()
+    facts = environment.capture()
+    files = []
+    for table in tables:
+        path = path_of(options.out, table, options.scale)
+        files.append(Paper.open(path, table, protocol_of(table, options.scale, places)))
+        files[-1].environment = facts
+    plan = schedule.Plan(
+        files, options.seeds, [method_name(name) for name in options.arms], options.scale, places,
+        unpacked(places, home), home,
+        {key: facts.get(key) for key in ("gpu", "commit", "kernel_hash", "torch")}, lambda text: print(text, flush=True),
+    )  # fmt: skip
+    for table in TABLES:  # also runs that another table has made
+        if (path := path_of(options.out, table, options.scale)).exists():
+            plan.learn(Paper.load(path).rows)
+    failed = schedule.run(plan, start + 60 * options.minutes, options.jobs, options.data)
+    for line in failed:
+        print(line, file=sys.stderr)
+    left = plan.left()
+    print(f"{left} arm(s) left; call again to go on" if left else "complete", flush=True)
+    if options.figure:
+        from benchmarks.paper.figures import draw
+
+        for file in draw(options.out, options.scale, options.figure):
+            print(f"plot: {file}")
+    return 1 if failed else 0
+
+
+def _worker(arguments: Sequence[str]) -> int:
+    p = argparse.ArgumentParser("python -m benchmarks.paper worker")
+    p.add_argument("--group", required=True)
+    p.add_argument("--method", required=True)
+    p.add_argument("--seed", type=int, required=True)
+    p.add_argument("--decay", type=float)
+    _shared(p)
+    options = p.parse_args(arguments)
+    from benchmarks.paper.arms import train_arm, unpacked
+    from benchmarks.paper.protocol import Arm, Places
+
+    places = Places.find(options.data, options.scale)
+    arm = Arm(options.group, options.method, options.seed, options.decay)
+    train_arm(arm, options.scale, unpacked(places, options.runs), options.runs)
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    from benchmarks.paper.protocol import SCALES
+    from benchmarks.paper.results import FOLDER
+
+    p = argparse.ArgumentParser("python -m benchmarks.paper report", description="Tables on screen, report.md and figures.")
+    p.add_argument("--out", type=Path, default=FOLDER, help="folder of the result files, and of what is written")
+    p.add_argument("--scale", choices=SCALES, default="reduced")
+    p.add_argument("--no-plots", action="store_true", help="no PNG files")
+    options = p.parse_args(arguments)
+    from benchmarks.paper.report import write
+
+    return write(options.out, options.scale, plots=not options.no_plots)
+
+
+def _flops(arguments: Sequence[str]) -> int:
+    argparse.ArgumentParser("python -m benchmarks.paper flops", description="Appendix J.").parse_args(arguments)
+    from benchmarks.console import Screen
+    from benchmarks.paper.flops import tables
+
+    for table in tables():
+        Screen().table(table)
+    return 0
+
+
+COMMANDS = {"run": _run, "report": _report, "flops": _flops, "worker": _worker}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""Tables of the result files: mean and deviation over seeds, and differences paired by seed against the controls."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper import flops
+from benchmarks.paper.protocol import FIGURES, RETRAIN, TABLES
+from benchmarks.paper.results import Paper, path_of, tuned
+from benchmarks.view import Table
+
+Rows = Sequence[dict[str, Any]]
+Values = dict[str, dict[int, float]]
+"""Arm -> seed -> figure."""
+CONTROLS = ("dense", "static", "random-regrow", "srste", "nvidia")
+TITLES = {
+    1: "training from scratch",
+    2: "hard and soft rules",
+    3: "dense to sparse",
+}
+
+
+def write(folder: Path, scale: str, *, plots: bool = True) -> int:
+    """Show every table on screen, write ``report.md`` and the figures; returns the exit status, 1 where nothing is there."""
+    from benchmarks.console import Screen
+
+    screen = Screen()
+    tables = render(folder, scale)
+    if not tables:
+        screen.say(f"no result files in {folder} yet: run python -m benchmarks.paper --table 1")
+        return 1
+    for table in tables:
+        screen.table(table)
+    blocks = [table.markdown() for table in tables]
+    if plots:
+        from benchmarks.paper.figures import draw
+
+        for path in draw(folder, scale, list(FIGURES)):
+            screen.say(f"plot: {path}")
+            blocks.append(f"![{path.stem}]({path.name})")
+    (folder / f"report{'' if scale == 'reduced' else f'-{scale}'}.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    return 0
+
+
+def render(folder: Path, scale: str) -> list[Table]:
+    """The tables of all result files there are, Appendix I and J included; empty without any."""
+    found: list[Table] = []
+    rows: dict[str, dict[str, Any]] = {}
+    for number in TABLES:
+        path = path_of(folder, number, scale)
+        if path.exists():
+            file = Paper.load(path)
+            found += tables_of(file)
+            rows |= {row["key"]: row for row in file.rows}
+    if not found:
+        return []
+    return [*found, *filter(None, [timing(list(rows.values()))]), *flops.tables()]
+
+
+def tables_of(file: Paper) -> list[Table]:
+    """Per group of a table: its protocol, means, paired differences, and the tuning of SR-STE."""
+    found = []
+    for group in TABLES[file.table]:
+        rows = [row for row in file.rows if row["group"] == group]
+        # The dense start of a re-training group is in that group's own table.
+        if not rows or (f"{group}{RETRAIN}" in TABLES[file.table] and any(r["group"] == f"{group}{RETRAIN}" for r in file.rows)):
+            continue
+        title = f"Table {file.table} ({file.protocol['scale']}): {TITLES[file.table]}, {group}"
+        found += [means(title, file, group, rows)]
+        found += filter(None, [differences(title, rows), tuning(title, rows)])
+    return found
+
+
+def measure(rows: Rows) -> tuple[str, str, float, int]:
+    """(key, name, factor, sign) of the figure that counts; sign -1: less is better."""
+    if any("val_ppl" in row["figures"] for row in rows):
+        return "val_ppl", "perplexity", 1.0, -1
+    return "val_accuracy", "accuracy, %", 100.0, 1
+
+
+def chosen(rows: Rows) -> list[dict[str, Any]]:
+    """Rows without the SR-STE runs that lost the tuning (all of them while it is not done)."""
+    best = tuned(rows)
+    return [row for row in rows if row["srste_lambda"] is None or row["srste_lambda"] == best.get(row["method"])]
+
+
+def values_of(rows: Rows) -> Values:
+    """Arm -> seed -> figure; re-training adds what was there before: "dense, at the start" and "one-shot prune"."""
+    key, _, factor, _ = measure(rows)
+    found: Values = {}
+    for row in rows:
+        before = row.get("before")
+        if before:
+            found.setdefault("dense, at the start", {})[row["seed"]] = factor * before["dense"][key]
+            if row["n"] is not None:
+                name = "one-shot prune" + ("" if row["n"] == 2 else f" {row['n']}:4")
+                found.setdefault(name, {})[row["seed"]] = factor * before["pruned"][key]
+    for row in chosen(rows):
+        found.setdefault(_title(row), {})[row["seed"]] = factor * row["figures"][key]
+    return found
+
+
+def means(title: str, file: Paper, group: str, rows: Rows) -> Table:
+    """One line per arm: mean and sample deviation over seeds, each seed, turnover, length."""
+    _, name, _, sign = measure(rows)
+    by_arm: dict[str, list[dict[str, Any]]] = {}
+    for row in chosen(rows):
+        by_arm.setdefault(_title(row), []).append(row)
+    lines = []
+    values = values_of(rows)
+    for arm in sorted(values, key=lambda arm: -sign * statistics.fmean(values[arm].values())):
+        held = by_arm.get(arm, [])
+        turnover = [row["turnover"]["mean"] for row in held if row["turnover"]]
+        seen = {row["tokens"] or row["images"] for row in held}
+        each = ", ".join(f"{value:.2f}" for _, value in sorted(values[arm].items()))
+        cells = [arm, spread(list(values[arm].values())), each, f"{100 * statistics.fmean(turnover):.2f} %" if turnover else ""]
+        lines.append([*cells, _list({row["steps"] for row in held}), _list(seen)])
+    columns = ["arm", f"held-out {name}", "by seed", "turnover per update", "steps", "tokens or images"]
+    return Table(title, columns, lines, remarks=_protocol(file, group, rows))
+
+
+def differences(title: str, rows: Rows) -> Table | None:
+    """Arm minus control, seed by seed, with the standard error of the mean; None where there are no pairs."""
+    _, name, _, sign = measure(rows)
+    held = chosen(rows)
+    by_n = {n: values_of([r for r in held if r["n"] in (n, None)]) for n in sorted({r["n"] for r in held if r["n"]}, reverse=True)}
+    arms = {_title(row): row["method"] for row in held}
+    lines = []
+    for n, values in by_n.items():
+        controls = [arm for arm in values if arms.get(arm, arm).rstrip("0123456789") in CONTROLS]
+        for arm in values:
+            if arm not in arms or arms[arm] == "dense":
+                continue
+            cells = [_pair(values[arm], values[control]) if control != arm else "" for control in controls]
+            lines.append((n, controls, [arm, *cells]))
+    names = list(dict.fromkeys(_plain(c) for _, controls, _ in lines for c in controls))
+    made = []
+    for n, controls, (arm, *cells) in lines:
+        found = {_plain(control): cell for control, cell in zip(controls, cells, strict=True)}
+        made.append([f"{n}:4", arm, *(found.get(control, "") for control in names)])
+    if not any(any(row[2:]) for row in made):
+        return None
+    remark = f"mean difference ± its standard error (pairs); {'below' if sign < 0 else 'above'} 0 the arm is better than the control"
+    return Table(f"{title}: {name}, differences by seed", ["", "arm", *(f"minus {c}" for c in names)], made, remarks=[remark])
+
+
+def tuning(title: str, rows: Rows) -> Table | None:
+    """SR-STE's runs on the tuning seed."""
+    key, name, factor, _ = measure(rows)
+    best = tuned(rows)
+    lines = [
+        [row["method"], f"{row['srste_lambda']:g}", f"{factor * row['figures'][key]:.2f}",
+         "chosen" if row["srste_lambda"] == best.get(row["method"]) else ""]
+        for row in sorted(rows, key=lambda r: (r["method"], r["srste_lambda"] or 0))
+        if row["srste_lambda"] is not None and row["seed"] == 0
+    ]  # fmt: skip
+    if not lines:
+        return None
+    remark = "chosen on the held-out text that the table reports, seed 0: this favours SR-STE slightly"
+    return Table(f"{title}: SR-STE's lambda", ["method", "lambda", name, ""], lines, remarks=[remark])
+
+
+def timing(rows: Rows) -> Table | None:
+    """Appendix I: what updates cost; only arms that had the device to themselves."""
+    lines = []
+    for row in rows:
+        time = row["time"]
+        if row["turnover"] is None or row.get("jobs") != 1 or time["update_ms"] is None:
+            continue
+        share = time["update_ms"] * row["turnover"]["updates"] / (time["step_ms"] * row["steps"])
+        lines.append([row["key"], f"{time['step_ms']:.2f}", f"{time['update_ms']:.2f}", f"{100 * share:.3f} %"])
+    remark = "update: medians of ten-step windows with one, less those without; it takes the place of an optimizer step"
+    columns = ["arm", "step, ms", "update adds, ms", "of all training time"]
+    return Table("Appendix I: time of topology updates", columns, lines, remarks=[remark]) if lines else None
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample standard deviation."""
+    mean = statistics.fmean(values)
+    return f"{mean:.2f} ± {statistics.stdev(values):.2f}" if len(values) > 1 else f"{mean:.2f} (one seed)"
+
+
+def _pair(mine: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+    pairs = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
+    if not pairs:
+        return ""
+    error = f" ± {statistics.stdev(pairs) / math.sqrt(len(pairs)):.2f}" if len(pairs) > 1 else ""
+    return f"{statistics.fmean(pairs):+.2f}{error} ({len(pairs)})"
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    name = row["arm"]
+    return f"{name}, trained on" if row["group"].endswith(RETRAIN) and row["method"] == "dense" else name
+
+
+def _plain(control: str) -> str:
+    """A control's name without n and lambda, as a column's heading."""
+    name, _, end = control.partition("@")
+    return name.rstrip("0123456789") if end or name.rstrip("0123456789") in CONTROLS else name
+
+
+def _protocol(file: Paper, group: str, rows: Rows) -> list[str]:
+    s = file.protocol["groups"][group]
+    data = ", ".join(s["data"]["spec"])
+    size = f"{s['batch_size']} sequences of {s['seq_len']} tokens" if s["task"] == "text" else f"{s['batch_size']} images"
+    devices = sorted({str(row["environment"].get("gpu")) for row in rows if row.get("environment")})
+    commits = sorted({_commit(row["environment"].get("commit")) for row in rows if row.get("environment")})
+    return [
+        f"protocol: {s['total_steps']:,} steps of {size}, {s['optimizer']}, learning rate {s['lr']:g}, warm-up {s['warmup_steps']:,}, "
+        f"weight decay {s['weight_decay']:g}",
+        f"updates every {s['interval']} steps, zeta {s['zeta']:g}, T {s['t_start']:g} to {s['t_end']:g}",
+        f"data: {data}; device: {', '.join(devices)}; commit {', '.join(commits)}; paper's scale and data differ",
+    ]
+
+
+def _list(values: set[Any]) -> str:
+    return ", ".join(f"{value:,}" for value in sorted(v for v in values if v is not None))
+
+
+def _commit(text: str | None) -> str:
+    """Twelve digits of a commit, and whether the tree had changes; a machine without git does not know."""
+    return "unknown" if text is None else text[:12] + text[40:]

@@ -1,0 +1,172 @@
+"""Which arm runs when: several at a time as processes of their own, until all are finished or time is up."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.arms import collect, folder_of, forget, has_checkpoint, is_finished, train_arm
+from benchmarks.paper.protocol import ROOT, Arm, Places, arms_of, fingerprint
+from benchmarks.paper.results import Paper, tuned
+
+GRACE_S = 45.0
+"""How long a stopped arm may take to save its checkpoint."""
+
+
+@dataclass
+class Plan:
+    """What an invocation is asked for.
+
+    files: the tables' result files. seeds, only: see :func:`arms_of`. places: the data, as the protocol names it;
+    held: the same, unpacked. home: where run folders are. environment: a few facts that go into every row.
+    """
+
+    files: list[Paper]
+    seeds: Sequence[int]
+    only: Sequence[str]
+    scale: str
+    places: Places
+    held: Places
+    home: Path
+    environment: dict[str, Any] = field(default_factory=dict)
+    say: Callable[[str], None] = print
+    known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    jobs_of: dict[str, int] = field(default_factory=dict)
+    """Key -> the most arms that shared the device with an arm, itself included, in this invocation."""
+
+    def learn(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Note finished rows (of any table); rows of another protocol are no use here."""
+        for row in rows:
+            arm = Arm(row["group"], row["method"], row["seed"], row["srste_lambda"])
+            if row["fingerprint"] == fingerprint(arm, self.scale, self.places):
+                self.known[row["key"]] = row
+
+    def wanted(self, file: Paper) -> list[Arm]:
+        return arms_of(file.table, self.seeds, tuned(self.known.values()), self.only)
+
+    def folder(self, arm: Arm) -> Path:
+        return folder_of(arm, self.scale, self.held, self.home)
+
+    def record(self) -> None:
+        """Bring run folders into ``known`` and ``known`` into the result files."""
+        for file in self.files:
+            for arm in self.wanted(file):
+                if arm.key not in self.known and is_finished(self.folder(arm)):
+                    row = collect(arm, self.scale, self.held, self.home)
+                    self.known[arm.key] = row | {"jobs": self.jobs_of.get(arm.key), "environment": self.environment}
+                    if arm.method != "dense":  # a dense model is what re-training starts from
+                        forget(self.folder(arm))
+            changed = [file.add(self.known[arm.key]) for arm in self.wanted(file) if arm.key in self.known]
+            if any(changed):
+                file.save()
+
+    def waiting(self) -> list[Arm]:
+        """Arms still to train whose dense model is there, begun ones first, then in the order of the table."""
+        found: dict[str, Arm] = {}
+        for file in self.files:
+            for arm in self.wanted(file):
+                if arm.key in self.known:
+                    continue
+                source = arm.needs
+                if source is not None and not (is_finished(self.folder(source)) and has_checkpoint(self.folder(source))):
+                    arm = source  # again, where its row came from another machine
+                found.setdefault(arm.key, arm)
+        return sorted(found.values(), key=lambda arm: (not has_checkpoint(self.folder(arm)), arm.seed))
+
+    def left(self) -> int:
+        """Arms of the tables without a row (the SR-STE runs that wait for the tuning are not among them yet)."""
+        return len({arm.key for file in self.files for arm in self.wanted(file)} - self.known.keys())
+
+
+def run(plan: Plan, deadline: float, jobs: int, data: Path | None) -> list[str]:
+    """Train until nothing is left or ``deadline`` (of ``time.monotonic``) has passed.
+
+    Args:
+        plan: what to train; rows are recorded as arms finish.
+        deadline: then running arms save a checkpoint and end.
+        jobs: arms at a time, each a process of its own; 0: one after the other in this process.
+        data: the folder that the workers are told to read data from.
+
+    Returns:
+        One line per arm that failed; the others were not disturbed.
+    """
+    failed: dict[str, str] = {}
+    running: dict[str, tuple[Arm, subprocess.Popen[bytes]]] = {}
+    stopped = 0.0  # when the running arms were last told to stop
+    try:
+        while True:
+            for key, (arm, process) in list(running.items()):
+                if process.poll() is not None:
+                    del running[key]
+                    if not is_finished(plan.folder(arm)) and not stopped:
+                        failed[key] = f"{key}: exit status {process.returncode}: {_last_words(plan, arm)}"
+                    _tell(plan, arm, failed)
+            plan.record()
+            ready = [arm for arm in plan.waiting() if arm.key not in failed and arm.key not in running]
+            now = time.monotonic()
+            if now < deadline and ready and jobs == 0:
+                _here(plan, ready[0], deadline - now, failed)
+                continue
+            while now < deadline and ready and len(running) < jobs:
+                arm = ready.pop(0)
+                running[arm.key] = (arm, _start(plan, arm, jobs, data))
+            for key in running:
+                plan.jobs_of[key] = max(plan.jobs_of.get(key, 0), len(running))
+            if not running:
+                return list(failed.values())
+            if now >= deadline and now - stopped > 2:  # again and again: one may have been starting up
+                stopped = now
+                for _, process in running.values():
+                    if now < deadline + GRACE_S:
+                        process.terminate()
+                    else:
+                        process.kill()
+            time.sleep(0.2)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+
+
+def _start(plan: Plan, arm: Arm, jobs: int, data: Path | None) -> subprocess.Popen[bytes]:
+    plan.say(f"{arm.key}: {'goes on' if has_checkpoint(plan.folder(arm)) else 'starts'}")
+    options = ["--group", arm.group, "--method", arm.method, "--seed", str(arm.seed), "--scale", plan.scale]
+    options += ["--runs", str(plan.home)] + ([] if arm.decay is None else ["--decay", repr(arm.decay)])
+    options += [] if data is None else ["--data", str(data)]
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    log = _log(plan, arm)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.paper", "worker", *options],
+            cwd=ROOT, env={"OMP_NUM_THREADS": threads} | os.environ, stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+
+def _here(plan: Plan, arm: Arm, seconds: float, failed: dict[str, str]) -> None:
+    plan.jobs_of[arm.key] = 1
+    try:
+        train_arm(arm, plan.scale, plan.held, plan.home, seconds)
+    except Exception as error:  # whatever one arm dies of, the others are still wanted
+        failed[arm.key] = f"{arm.key}: {type(error).__name__}: {error}"
+    _tell(plan, arm, failed)
+
+
+def _tell(plan: Plan, arm: Arm, failed: dict[str, str]) -> None:
+    finished = is_finished(plan.folder(arm))
+    plan.say(failed.get(arm.key) or f"{arm.key}: {'finished' if finished else 'stopped, to be continued'}")
+
+
+def _log(plan: Plan, arm: Arm) -> Path:
+    return plan.home / "logs" / f"{plan.folder(arm).name}.log"
+
+
+def _last_words(plan: Plan, arm: Arm) -> str:
+    """The last line that a worker wrote: of a traceback, the error."""
+    lines = _log(plan, arm).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"

@@ -1,0 +1,211 @@
+"""The paper's experiments at their smallest: stopped, continued, reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.paper import arms, flops, report, schedule
+from benchmarks.paper.__main__ import main
+from benchmarks.paper.protocol import LAMBDAS, TABLES, Arm, Places, arms_of, config_of, fingerprint, method_name
+from benchmarks.paper.results import Paper, path_of, tuned
+from chts_train.configs import preset
+
+TINY = ("--scale", "tiny", "--jobs", "0", "--seeds", "0")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def call(tmp_path: Path):
+    """A function: options of a run in this process -> exit status; results and runs go to the test's folder."""
+    return lambda *options: main([*TINY, "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"), *options])
+
+
+def test_every_arm_of_every_table_has_a_config() -> None:
+    for table in TABLES:
+        for arm in arms_of(table, [0, 1], {"srste24": 2e-4, "srste14": None}):
+            config = config_of(arm, "reduced", Places())
+            assert (config.method, config.seed, config.srste_lambda) == (arm.method, arm.seed, arm.decay)
+            if arm.group == "llama":
+                assert (config.total_steps, config.batch_size, config.seq_len) == (4000, 64, 256)
+            if arm.needs is not None:
+                assert config.init == "magnitude" and config.t_end == 3.0 and arm.needs.method == "dense"
+    lengths = {config_of(arm, "reduced", Places()).total_steps for arm in arms_of(3, [0], {}) if arm.group == "vit-retrain"}
+    assert len(lengths) == 1  # equal epochs
+
+
+def test_srste_is_tuned_on_seed_0_before_other_seeds_run() -> None:
+    first = [arm.key for arm in arms_of(1, [1, 2], {}, ["srste24"])]
+    assert first == [f"llama/srste24@{decay:g}/s0" for decay in LAMBDAS]
+    rows = [
+        {"method": "srste24", "seed": 0, "srste_lambda": decay, "figures": {"val_loss": loss}}
+        for decay, loss in zip(LAMBDAS, (3.0, 2.5, 2.7), strict=True)
+    ]
+    assert tuned(rows[:2]) == {"srste24": None} and tuned(rows) == {"srste24": LAMBDAS[1]}
+    after = [arm.key for arm in arms_of(1, [1, 2], tuned(rows), ["srste24"])]
+    assert set(after) - set(first) == {"llama/srste24@0.0002/s1", "llama/srste24@0.0002/s2"}
+
+
+def test_fingerprints_know_protocols_not_places() -> None:
+    arm = Arm("llama", "chts24", 0)
+    here, there = Places(("/a/t.u16.xz", "/a/v.u16.xz")), Places(("/b/t.u16", "/b/v.u16"))
+    assert fingerprint(arm, "reduced", here) == fingerprint(arm, "reduced", there)
+    assert len({fingerprint(arm, s, p) for s, p in (("reduced", here), ("reduced", Places()), ("tiny", Places()))}) == 3
+    assert (method_name("static24"), method_name("chts24"), method_name("random-regrow")) == ("static", "chts24", "random-regrow")
+    with pytest.raises(ValueError, match="method"):
+        method_name("nothing24")
+
+
+def test_arms_stop_go_on_and_are_reported(call, tmp_path: Path, monkeypatch, capsys) -> None:
+    options = ("--table", "1", "--arms", "dense", "chts24")
+    stop_in_the_middle(monkeypatch)
+    assert call(*options) == 0  # dense is stopped, and so is the invocation
+    printed = capsys.readouterr().out
+    assert "stopped, to be continued" in printed and "2 arm(s) left" in printed
+    monkeypatch.undo()
+    assert call(*options) == 0
+    assert "complete" in capsys.readouterr().out
+    file = Paper.load(tmp_path / "out" / "table1-tiny.json")
+    dense, sparse = sorted(file.rows, key=lambda row: row["n"] or 0)
+    assert (dense["method"], sparse["method"], sparse["steps"], sparse["turnover"]["updates"]) == ("dense", "chts24", 24, 3)
+    assert dense["figures"]["val_ppl"] > 1 and dense["tokens"] == sparse["tokens"] > 0 and dense["environment"]["torch"]
+    assert len(sparse["curves"]["score_var_survivors"]) == 3 and set(sparse["layers"]) >= {"q_proj", "down_proj"}
+    assert str(tmp_path) not in json.dumps(file.rows)  # no machine's paths
+
+    # An uninterrupted run in another folder ends with the same figures.
+    whole = tmp_path / "whole"
+    arm = Arm("llama", "dense", 0)
+    assert arms.train_arm(arm, "tiny", Places(), whole)
+    assert arms.collect(arm, "tiny", Places(), whole)["figures"] == dense["figures"]
+
+    # Table 2 takes chts24 from table 1, and the figures are drawn from both.
+    def forbidden(*_: object) -> bool:
+        raise AssertionError("nothing is left to train")
+
+    monkeypatch.setattr(schedule, "train_arm", forbidden)
+    assert call("--table", "2", "--arms", "chts24", "--figure", "3", "4") == 0
+    assert main(["report", "--out", str(tmp_path / "out"), "--scale", "tiny"]) == 0
+    text = (tmp_path / "out" / "report-tiny.md").read_text()
+    assert "chts24" in text and "minus dense" in text and "Appendix J" in text
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {f"figure{i}-tiny.png" for i in (2, 3, 4)}
+
+
+def stop_in_the_middle(monkeypatch) -> None:
+    """The first arm gets its signal at step 7, as if time were up; no other one starts."""
+    import os
+    import signal
+
+    from chts_train.trainer import Trainer
+
+    step = Trainer._train_step
+
+    def train_step(self: Trainer) -> None:
+        step(self)
+        if self.counters.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_train_step", train_step)
+    here = schedule._here
+
+    def once(*arguments):
+        here(*arguments)
+        monkeypatch.setattr(schedule.time, "monotonic", lambda: float("inf"))
+
+    monkeypatch.setattr(schedule, "_here", once)
+
+
+def test_dense_to_sparse_starts_from_the_dense_arm(call, tmp_path: Path, capsys) -> None:
+    labels = np.arange(60) % 3
+    noise = np.random.default_rng(0).integers(0, 120, (60, 8, 8))
+    images = (noise + 60 * labels[:, None, None]).astype(np.uint8)
+    np.savez(tmp_path / "cifar10_jpeg.npz", images=images, labels=labels)
+    options = ("--arms", "dense", "nvidia", "chts24", "--data", str(tmp_path), "--minutes", "1")
+    assert call("--table", "3", *options) == 0
+    assert "complete" in capsys.readouterr().out
+    file = Paper.load(path_of(tmp_path / "out", 3, "tiny"))
+    rows = {row["key"]: row for row in file.rows}
+    assert len(rows) == 8
+    before, source = rows["vit-retrain/nvidia/s0"]["before"], rows["vit/dense/s0"]
+    assert before["dense"].keys() == before["pruned"].keys() == source["figures"].keys()
+    assert rows["vit-retrain/nvidia/s0"]["turnover"] is None and rows["vit-retrain/chts24/s0"]["turnover"]["updates"] == 3
+    titles = [table.title for table in report.tables_of(file)]
+    assert len(titles) == 4 and all("retrain" in title for title in titles)
+    values = report.values_of([row for row in file.rows if row["group"] == "llama-retrain"])
+    assert set(values) == {"dense, at the start", "one-shot prune", "dense, trained on", "nvidia", "chts24"}
+
+
+def test_processes_stop_in_time_and_go_on(call, tmp_path: Path, capsys) -> None:
+    """One worker process; the invocation gives it no time to finish, or just enough."""
+    assert call("--table", "1", "--arms", "dense", "--jobs", "1", "--minutes", "0.02") == 0
+    first = capsys.readouterr().out
+    assert "llama/dense/s0: starts" in first
+    assert call("--table", "1", "--arms", "dense", "--jobs", "1", "--minutes", "1") == 0
+    assert "complete" in capsys.readouterr().out
+    assert Paper.load(path_of(tmp_path / "out", 1, "tiny")).rows[0]["jobs"] in (1, None)
+
+
+def test_a_failing_arm_is_told_and_others_go_on(call, monkeypatch, capsys) -> None:
+    train = arms.train_arm
+
+    def fails(arm: Arm, *rest):
+        if arm.method == "dense":
+            raise RuntimeError("out of luck")
+        return train(arm, *rest)
+
+    monkeypatch.setattr(schedule, "train_arm", fails)
+    assert call("--table", "1", "--arms", "dense", "static") == 1
+    printed = capsys.readouterr()
+    assert "llama/dense/s0: RuntimeError: out of luck" in printed.err and "llama/static/s0: finished" in printed.out
+
+
+def test_other_protocols_are_refused(call, tmp_path: Path, capsys) -> None:
+    path = path_of(tmp_path / "out", 1, "tiny")
+    Paper(path, 1, {"scale": "tiny", "groups": {"llama": {"lr": 5.0}}}).save()
+    assert call("--table", "1") == 2
+    assert "groups.llama.lr" in capsys.readouterr().err
+    assert main([*TINY]) == 2 and main(["report", "--out", str(tmp_path / "none")]) == 1
+
+
+def test_paired_differences() -> None:
+    def row(method: str, seed: int, ppl: float, n: int | None = 2) -> dict:
+        return {
+            "group": "llama", "method": method, "arm": method, "seed": seed, "n": n, "srste_lambda": None,
+            "figures": {"val_ppl": ppl, "val_loss": 1.0},
+        }  # fmt: skip
+
+    rows = [row("chts24", s, 40.0 + s) for s in range(3)] + [row("static", s, 41.0 + 2 * s) for s in range(3)]
+    table = report.differences("T", rows)
+    line = next(r for r in table.rows if r[1] == "chts24")
+    assert line[table.columns.index("minus static")] == "-2.00 ± 0.58 (3)"
+    assert report.spread([1.0, 3.0]) == "2.00 ± 1.41" and report.spread([2.0]) == "2.00 (one seed)"
+
+
+def test_flops_are_the_papers_where_its_terms_are_used() -> None:
+    (table,) = flops.tables()
+    cells = {(row[0], row[1]): row for row in table.rows}
+    model = "the paper's (1280 wide)"
+    assert cells[model, "dense"][3] == cells[model, "dense"][2] == "243.0"
+    assert cells[model, "SR-STE"][3] == cells[model, "SR-STE"][2] == "194.8"
+    assert float(cells[model, "CHTs24"][3]) == pytest.approx(170.9, abs=0.3)
+    assert cells[model, "CHTs24"][4] == "194.8"  # the weight gradient is not halved; updates hardly count
+    cost = flops.cost(preset("60m"))
+    assert cost.sparse_able == 25_296_896 and cost.update == 2 * cost.update_paper > 0
+
+
+def test_a_worker_that_fails_is_quoted(call, tmp_path: Path, capsys) -> None:
+    broken = tmp_path / "runs" / "tiny"
+    broken.parent.mkdir()
+    broken.write_text("a file where the run folders should be")
+    assert call("--table", "1", "--arms", "dense", "--jobs", "1", "--minutes", "1") == 1
+    assert "llama/dense/s0: exit status 1: " in capsys.readouterr().err
