@@ -47,9 +47,9 @@ def plans(monkeypatch):
     monkeypatch.setattr(route, "_empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu)
     for op in (ops.SPMM, ops.INPUT_GRAD):
         monkeypatch.setattr(op, "_chosen", {})
-    ops._spmm_sm90.cache_clear()
+    ops._product.cache_clear()
     yield made
-    ops._spmm_sm90.cache_clear()
+    ops._product.cache_clear()
 
 
 def weight(rows=32, columns=48):

@@ -43,77 +43,53 @@ def _why_not(family: str, x: torch.Tensor, *_: object) -> str | None:
     return reason
 
 
-@SPMM.kernel("wgmma_sp", functools.partial(_why_not, "wgmma_sp"))
-def _spmm_wgmma_sp(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    ids: torch.Tensor,
-    n: int,
-    bias: torch.Tensor | None,
-    operand: torch.Tensor | None,
-    meta: torch.Tensor | None,
-) -> torch.Tensor:
-    if operand is None or meta is None:
-        operand, meta, _, _ = _packed(values, ids, n, x.dtype)
-    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
-        bias = bias.float()
-    return _spmm_sm90()(x, operand, meta, ids.shape[0] * BLOCK, bias)
-
-
-@INPUT_GRAD.kernel("wgmma_sp", functools.partial(_why_not, "wgmma_sp"))
-def _input_grad_wgmma_sp(
-    dy: torch.Tensor,
-    values: torch.Tensor,
-    ids: torch.Tensor,
-    n: int,
-    operand_t: torch.Tensor | None,
-    meta_t: torch.Tensor | None,
-) -> torch.Tensor:
-    if operand_t is None or meta_t is None:
-        _, _, operand_t, meta_t = _packed(values, ids, n, dy.dtype)
-    return _spmm_sm90()(dy, operand_t, meta_t, ids.shape[1] * BLOCK)
-
-
 @functools.cache
-def _spmm_sm90() -> Callable[..., torch.Tensor]:
-    from .sm90_wgmma_sp import spmm_sm90
-
-    return spmm_sm90
-
-
-@SPMM.kernel("mma_sp", functools.partial(_why_not, "mma_sp"))
-def _spmm_mma_sp(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    ids: torch.Tensor,
-    n: int,
-    bias: torch.Tensor | None,
-    operand: torch.Tensor | None,
-    meta: torch.Tensor | None,
-) -> torch.Tensor:
-    from .mma_sp import spmm_mma
-
-    if operand is None or meta is None:
-        operand, meta, _, _ = _packed(values, ids, n, x.dtype)
-    if bias is not None and bias.dtype not in (x.dtype, torch.float32):
-        bias = bias.float()
-    return spmm_mma(x, operand, meta, ids.shape[0] * BLOCK, bias)
+def _product(family: str) -> Callable[..., torch.Tensor]:
+    """``X W^T`` from operands by a family's kernels, imported when first needed."""
+    if family == "wgmma_sp":
+        from .sm90_wgmma_sp import spmm_sm90 as product
+    else:
+        from .mma_sp import spmm_mma as product
+    return product
 
 
-@INPUT_GRAD.kernel("mma_sp", functools.partial(_why_not, "mma_sp"))
-def _input_grad_mma_sp(
-    dy: torch.Tensor,
-    values: torch.Tensor,
-    ids: torch.Tensor,
-    n: int,
-    operand_t: torch.Tensor | None,
-    meta_t: torch.Tensor | None,
-) -> torch.Tensor:
-    from .mma_sp import spmm_mma
+def _register(family: str) -> tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]:
+    """A family's forward pass and input gradient: one product, of the operands of W and of W^T."""
 
-    if operand_t is None or meta_t is None:
-        _, _, operand_t, meta_t = _packed(values, ids, n, dy.dtype)
-    return spmm_mma(dy, operand_t, meta_t, ids.shape[1] * BLOCK)
+    @SPMM.kernel(family, functools.partial(_why_not, family))
+    def run(
+        x: torch.Tensor,
+        values: torch.Tensor,
+        ids: torch.Tensor,
+        n: int,
+        bias: torch.Tensor | None,
+        operand: torch.Tensor | None,
+        meta: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if operand is None or meta is None:
+            operand, meta, _, _ = _packed(values, ids, n, x.dtype)
+        if bias is not None and bias.dtype not in (x.dtype, torch.float32):
+            bias = bias.float()
+        return _product(family)(x, operand, meta, ids.shape[0] * BLOCK, bias)
+
+    @INPUT_GRAD.kernel(family, functools.partial(_why_not, family))
+    def run_transposed(
+        dy: torch.Tensor,
+        values: torch.Tensor,
+        ids: torch.Tensor,
+        n: int,
+        operand_t: torch.Tensor | None,
+        meta_t: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if operand_t is None or meta_t is None:
+            _, _, operand_t, meta_t = _packed(values, ids, n, dy.dtype)
+        return _product(family)(dy, operand_t, meta_t, ids.shape[1] * BLOCK)
+
+    return run, run_transposed
+
+
+_spmm_wgmma_sp, _input_grad_wgmma_sp = _register("wgmma_sp")
+_register("mma_sp")
 
 
 def _packed(values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
