@@ -99,7 +99,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(config.in_channels, config.embed_dim, config.patch_size, stride=config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+        # A convolution whose stride is its kernel is a linear map of the patches; as one, inductor on CUDA keeps the batch
+        # size symbolic, which it does not for convolutions.
+        size = self.proj.kernel_size[0]
+        batch, channels, height, width = images.shape
+        patches = images.reshape(batch, channels, height // size, size, width // size, size).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
