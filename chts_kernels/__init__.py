@@ -3,6 +3,7 @@
 from ._version import __version__
 from .evolve import Evolution, evolve, evolve_many
 from .format import Operands, SparseWeight, random_ids
+from .moves import choose_moves
 from .ops.adamw import adamw_
 from .ops.carry_over import carry_over_
 from .ops.pack import pack, pack_operands_, unpack
@@ -25,6 +26,7 @@ __all__ = [
     "adamw_",
     "capability_report",
     "carry_over_",
+    "choose_moves",
     "evolve",
     "evolve_many",
     "input_grad",

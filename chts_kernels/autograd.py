@@ -29,13 +29,14 @@ class SparseMatmul(torch.autograd.Function):
         route: Route | None,
         noise: Mvue24 | None,
     ) -> torch.Tensor:
-        ctx.w, ctx.impl, ctx.noise = w, impl, noise
         if bias is not None:
             ctx.bias_dtype = bias.dtype
         # Saving values and ids costs nothing and has torch refuse a backward pass after they were changed in place.
         if route is not None:
             ctx.save_for_backward(x if values.requires_grad else None, values, w.ids)
-            return route.product(x, w, bias)
+            y = route.product(x, w, bias)
+            ctx.call = w, impl, noise, w._operands.stamp
+            return y
         rows, columns = w.shape
         tokens = x if x.dim() == 2 else x.reshape(-1, columns)
         packed = packed_in_graph(tokens, w, impl)
@@ -45,24 +46,26 @@ class SparseMatmul(torch.autograd.Function):
             y = SPMM(tokens, values, w.ids, w.n, bias, *packed[:2], impl=impl)
         else:
             y = forward(tokens, w, bias, impl)
+        ctx.call = w, impl, noise, None if torch.compiler.is_compiling() else w._operands.stamp
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, values, ids, *packed = ctx.saved_tensors
-        w, impl, noise = ctx.w, ctx.impl, ctx.noise
+        w, impl, noise, stamp = ctx.call
         dx = dvalues = dbias = None
         rows, columns = w.shape
-        if ctx.needs_input_grad[0] and packed:
+        for_x, for_values, for_bias, *_ = ctx.needs_input_grad
+        if for_x and packed:
             dx = INPUT_GRAD(dy.reshape(-1, rows), values, ids, w.n, *packed, impl=impl).view(*dy.shape[:-1], columns)
-        elif ctx.needs_input_grad[0]:
-            dx = backward_input(dy, w, impl)
+        elif for_x:
+            dx = backward_input(dy, w, impl, stamp)
         if dy.dim() != 2:
             dy = dy.reshape(-1, rows)
-        if tokens is not None and tokens.dim() != 2:
-            tokens = tokens.reshape(-1, columns)
-        if ctx.needs_input_grad[1]:
+        if for_values:
+            if tokens.dim() != 2:
+                tokens = tokens.reshape(-1, columns)
             if noise is None:
                 dvalues = WEIGHT_GRAD(dy, tokens, ids, w.n, values.dtype, impl=impl)
             else:
@@ -71,7 +74,7 @@ class SparseMatmul(torch.autograd.Function):
                 )
                 if noise.counter is not None:
                     noise.counter.add_(1)
-        if ctx.needs_input_grad[2]:
+        if for_bias:
             wide = torch.promote_types(dy.dtype, torch.float32)
             dbias = dy.sum(dim=0, dtype=wide).to(ctx.bias_dtype)
         return dx, dvalues, dbias, None, None, None, None

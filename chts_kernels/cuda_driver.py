@@ -105,6 +105,26 @@ class TensorMap:
         _check(code, f"cuTensorMapEncodeTiled(rows={rows}, columns={columns}, row_bytes={row_bytes}, box={box})")
 
 
+class TensorMaps(dict):
+    """``maps[address]``: the :class:`TensorMap` of arrays of one shape, encoded once per address and kept; at `limit` of them the cache
+    starts over, so hold a map by name until its launch.
+
+    Args: those of :class:`TensorMap` but the pointer.
+    """
+
+    limit = 256
+
+    def __init__(self, *shape: object) -> None:
+        super().__init__()
+        self.shape = shape
+
+    def __missing__(self, address: int) -> TensorMap:
+        if len(self) >= self.limit:
+            self.clear()
+        found = self[address] = TensorMap(address, *self.shape)
+        return found
+
+
 def parameters(ptx: str, name: str) -> list[str]:
     """The kernel's parameters as PTX declares them, in order: "map" for a tensor map, else the PTX type ("u32", "u64", ...)."""
     body = re.search(rf"\.entry {re.escape(name)}\((.*?)\)", ptx, re.S)

@@ -163,6 +163,7 @@ def evolve_many(
                 own = None if figures is None else {name: figure[place] for name, figure in figures.items()}
                 removed = None if schedule is not None else int(zeta * weights[m].links)
                 by_index[m] = Evolution(old_ids[place], survivors[place], removed, own)
+        _follow(weights)
         return [by_index[m] for m in range(len(weights))]
     if schedule is not None:
         zeta, temperature, step = schedule.tolist()
@@ -174,7 +175,15 @@ def evolve_many(
                 step=step, stats=stats, impl=impl,
             )  # fmt: skip
         )
+    _follow(weights)
     return results
+
+
+def _follow(weights: Sequence[SparseWeight]) -> None:
+    """Resident operands that the update has not brought up to date on its way."""
+    for w in weights:
+        if w._operands.resident:
+            w._operands.follow(w.values, w.ids, w.n)
 
 
 def _why_not_fused(w: SparseWeight, moments: Sequence[torch.Tensor]) -> str | None:

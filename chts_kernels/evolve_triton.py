@@ -14,7 +14,16 @@ from .ops.carry_over.triton_carry_over import bits
 from .ops.pack import _why_not_pack_operands as why_not_pack
 from .ops.regrow.triton_regrow import regrow_many
 from .ops.remove.triton_remove import block_masks, remove_many
-from .ops.score.triton_score import Raw, digits_for, mirrored, raw_score, score_raw, weight_range, workspace_bytes
+from .ops.score.triton_score import (
+    Raw,
+    digits_for,
+    mirrored,
+    raw_score,
+    score_raw,
+    strips_for,
+    weight_range,
+    workspace_bytes,
+)
 from .patterns import pattern_table
 
 WORKSPACE_BYTES = 192 << 20
@@ -107,8 +116,9 @@ def evolve_batch(
     dtype = next((o.values_t.dtype for o in refresh if o is not None), None)
     refresh = [o if o is not None and o.values_t.dtype == dtype else None for o in refresh]
     options += (refresh if any(refresh) else None,)
-    kind = first.device, first.n, first.dtype, sizes, removal, regrowth, stats, schedule is None, digits_for(*first.shape)
-    kind += (dtype if any(refresh) else None, mirrored(*first.shape, digits_for(*first.shape)))
+    digits = digits_for(*first.shape)
+    kind = first.device, first.n, first.dtype, sizes, removal, regrowth, stats, schedule is None, digits
+    kind += (dtype if any(refresh) else None, mirrored(*first.shape, digits), strips_for(*first.shape, len(weights), digits))
     with on_device(first.ids):
         if first.ids.is_cuda and kind not in _compiled:
             with recording() as requests:

@@ -118,10 +118,15 @@ class SparseWeight:
         """bool [N, K]: where the links are, whatever their values."""
         return unpack(torch.ones_like(self.values), self.ids, self.n).bool()
 
-    def operands(self, dtype: torch.dtype) -> Operands:
-        """What a sparse tensor-core kernel of this compute dtype reads, fresh."""
-        self._operands.refresh(self.values, self.ids, self.n, dtype)
-        return self._operands
+    def operands(self, dtype: torch.dtype, stamp: object | None = None) -> Operands:
+        """What a sparse tensor-core kernel of this compute dtype reads, fresh.
+
+        ``stamp``: in a backward pass, :attr:`Operands.stamp` of the forward pass: what served that one serves this one.
+        """
+        own = self._operands
+        if stamp is None or not own.unchanged(stamp, self.values, self.ids, dtype):
+            own.refresh(self.values, self.ids, self.n, dtype)
+        return own
 
     def validate(self) -> None:
         """Check that every id is a legal pattern. Reads the ids, so it waits for the device.
@@ -154,6 +159,8 @@ class Operands:
     """
 
     __slots__ = ("_freshness", "_shared", "meta", "meta_t", "values", "values_t")
+    resident = False
+    """Whether compiled graphs may read them: whoever writes the weight keeps them up to date (:mod:`chts_kernels.resident`)."""
 
     def __init__(self) -> None:
         self._freshness = Freshness()
@@ -172,6 +179,15 @@ class Operands:
         """Whether the operands are those of ``values`` and ``ids`` as they are now."""
         return self.meta is not None and self._freshness.holds((values, ids), self.values_t.dtype)
 
+    @property
+    def stamp(self) -> object | None:
+        """Of the last packing or update; None when that counts no more."""
+        return self._freshness.stamp
+
+    def unchanged(self, stamp: object | None, values: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> bool:
+        """Whether ``stamp`` is still that of the operands, and they are those of ``values`` and ``ids`` in ``dtype``."""
+        return self._freshness.unchanged(stamp, (values, ids), dtype)
+
     def mark(self, values: torch.Tensor, ids: torch.Tensor) -> None:
         """Whoever just changed ``values`` or ``ids`` brought the operands up to date, too."""
         self._freshness.mark((values, ids), self.values_t.dtype)
@@ -182,8 +198,11 @@ class Operands:
 
     def refresh(self, values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype) -> None:
         """Pack again if ``values``, ``ids`` or ``dtype`` are not those of the last time."""
-        if self._freshness.holds((values, ids), dtype):
-            return
+        if not self._freshness.holds((values, ids), dtype):
+            self.pack(values, ids, n, dtype)
+
+    def pack(self, values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype) -> None:
+        """Pack, in place where what is there has the right shape, dtype and device."""
         shape = ids.shape[0] * BLOCK, ids.shape[1] * BLOCK
         meta = self.meta
         fits = meta is not None and meta.device == values.device and self.values_t.dtype == dtype

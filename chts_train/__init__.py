@@ -6,6 +6,7 @@ from .adamw import FusedAdamW
 from .baselines import STELinear, attach_srste_decay
 from .linear import SparseLinear, SparsifyRecord, SparsityConfig, densify_, sparse_layers, sparsify_
 from .methods import METHODS, Method, attach_method, get_method
+from .resident import make_operands_resident_, refresh_operands_
 from .topology import TopologyEvolver, TopologySchedule
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "attach_srste_decay",
     "densify_",
     "get_method",
+    "make_operands_resident_",
+    "refresh_operands_",
     "sparse_layers",
     "sparsify_",
 ]

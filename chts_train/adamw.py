@@ -17,6 +17,7 @@ from chts_kernels.ops.adamw import ADAMW_
 
 from .distributed import is_dtensor
 from .linear import SparseLinear, sparse_layers
+from .resident import make_operands_resident_
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -40,13 +41,16 @@ class FusedAdamW(torch.optim.AdamW):
         seed: of that rounding; the noise depends on (seed, layer, step, place) alone, so that a run can be repeated and all
             ranks of a data-parallel job agree.
         fused: None: True where all parameters are on CUDA devices.
+        resident_operands: bfloat16 or float16, the dtype that the passes compute in: compiled and captured passes read the operands
+            that this optimizer writes, and pack no more. Operands are packed at once, so the model must be on its device and
+            wrapped as it is to be. :func:`chts_train.make_operands_resident_` has the rules. None: nothing changes.
 
     Raises:
         ValueError: when an option is out of range or ``model`` is no module; the message names it.
-        RuntimeError: in ``step``, inside a CUDA graph capture without ``capturable=True``.
+        RuntimeError: in ``step``, inside a CUDA graph capture without ``capturable=True``, and where resident operands are out of date.
 
-    Inside a graph capture the operands are not written: the captured forward pass packs for itself, since a replay cannot
-    tell what happened before it.
+    Inside a graph capture operands that are not resident are not written: the captured forward pass packs for itself, since a
+    replay cannot tell what happened before it.
     """
 
     def __init__(
@@ -64,11 +68,13 @@ class FusedAdamW(torch.optim.AdamW):
         maximize: bool = False,
         capturable: bool = False,
         fused: bool | None = None,
+        resident_operands: torch.dtype | None = None,
     ) -> None:
         check.require(model is None or isinstance(model, nn.Module), "model", "be a module or None", type(model).__name__)
         check.require(moment_dtype in (None, torch.bfloat16), "moment_dtype", "be torch.bfloat16 or None", moment_dtype)
         check.require(not (amsgrad and moment_dtype), "amsgrad", "be False with moment_dtype", amsgrad)
         check.unsigned(seed, "seed", 63)
+        check.require(resident_operands is None or model is not None, "model", "be given with resident_operands", model)
         params = [{**p, "params": list(p["params"])} if isinstance(p, dict) else p for p in params]
         if fused is None:
             fused = all(p.is_cuda and p.is_floating_point() for p in _tensors(params)) or None
@@ -77,6 +83,8 @@ class FusedAdamW(torch.optim.AdamW):
         super().__init__(
             params, lr, tuple(betas), eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable, fused=fused
         )  # fmt: skip
+        if resident_operands is not None:
+            make_operands_resident_(model, resident_operands)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy or a pickle: it has not got the layers
@@ -97,6 +105,9 @@ class FusedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for layer, _ in self._layers.values():  # before anything is written
+            if layer._operands.resident and layer.values.grad is not None:
+                layer.require_fresh_operands()
         derived = []
         for group in self.param_groups:
             batches: dict[tuple, list[tuple[nn.Parameter, dict[str, Any], SparseLinear, int]]] = {}
@@ -116,8 +127,15 @@ class FusedAdamW(torch.optim.AdamW):
                 derived += self._step_links(group, kind, batch)
             if others:
                 self._step_others(group, others)
+                for p, _ in others:
+                    if self._layer(p) is not None:
+                        self._layer(p)[0]._refresh_resident()
         derived_in_step(self, derived)
         return loss
+
+    def follows_with_operands(self, p: nn.Parameter) -> bool:
+        """Whether a step leaves the resident operands of the layer that has ``p`` as its values up to date."""
+        return self._layer(p) is not None
 
     def _layer(self, p: nn.Parameter) -> tuple[SparseLinear, int] | None:
         found = self._layers.get(id(p))
@@ -169,7 +187,7 @@ class FusedAdamW(torch.optim.AdamW):
         if operand_dtype is None:
             return []
         for layer in layers:
-            layer._operands._freshness.mark((layer.values, layer.ids), operand_dtype)
+            layer._operands.mark(layer.values, layer.ids)
         return [layer._operands._freshness for layer in layers]
 
     def _step_others(self, group: dict[str, Any], others: list[tuple[nn.Parameter, dict[str, Any]]]) -> None:
@@ -200,13 +218,9 @@ def _kind(layer: SparseLinear, state: dict[str, Any]) -> tuple:
     """What layers of one launch have in common: n, dtypes, and which operands are to be written."""
     operands, dtype, has_operand = layer._operands, None, False
     captured = layer.values.is_cuda and torch.cuda.is_current_stream_capturing()
-    if layer.impl != "reference" and layer.keep_operands and operands.values_t is not None and not captured:
-        dtype = operands.values_t.dtype
-        # Fresh now means that the metadata is that of today's ids.
-        if operands._freshness.holds((layer.values, layer.ids), dtype):
-            has_operand = not operands._shared
-        else:
-            dtype = None
+    written = layer.impl != "reference" and layer.keep_operands and (operands.resident or not captured)
+    if written and operands.fresh(layer.values, layer.ids):  # fresh now means that the metadata is that of today's ids
+        dtype, has_operand = operands.values_t.dtype, not operands._shared
     values, device = layer.values, layer.values.device
     return layer.n, device, values.dtype, values.grad.dtype, state["exp_avg"].dtype, dtype, has_operand
 

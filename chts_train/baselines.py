@@ -78,14 +78,19 @@ class STELinear(nn.Linear):
     def mask(self) -> torch.Tensor:
         """[out_features, in_features] of zeros and ones in the weight's dtype: today's best pattern.
 
-        Kept until the weight changes, so that micro-batches of one optimizer step search once.
+        Kept until the weight changes, so that micro-batches of one optimizer step search once. A compiled graph searches in
+        every pass: it cannot tell whether the weight has changed.
         """
+        if torch.compiler.is_compiling():
+            return self._search()
         if self._mask is None or not self._freshness.holds((self.weight,), self.weight.dtype):
-            ids = prune(self.weight, self.n)
-            ones = self.weight.new_ones(self.out_features, self.in_features * self.n // 4)
-            self._mask = unpack(ones, ids, self.n)
+            self._mask = self._search()
             self._freshness.mark((self.weight,), self.weight.dtype)
         return self._mask
+
+    def _search(self) -> torch.Tensor:
+        ids = prune(self.weight, self.n)
+        return unpack(self.weight.new_ones(self.out_features, self.in_features * self.n // 4), ids, self.n)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features]."""
@@ -129,8 +134,14 @@ def attach_srste_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> Re
 
     @torch.no_grad()
     def add_decay(*_: Any) -> None:
+        by_decay: dict[float, list[STELinear]] = {}
         for layer in layers:
             if layer.weight.grad is not None:
-                layer.weight.grad.add_(layer.weight * (1 - layer.mask()), alpha=layer.srste_lambda)
+                by_decay.setdefault(layer.srste_lambda, []).append(layer)
+        for decay, same in by_decay.items():  # a launch or two for all layers
+            weights = [layer.weight for layer in same]
+            masked_in = torch._foreach_mul(weights, [layer.mask() for layer in same])
+            masked_out = torch._foreach_sub(weights, masked_in)
+            torch._foreach_add_([w.grad for w in weights], masked_out, alpha=decay)
 
     return optimizer.register_step_pre_hook(add_decay)

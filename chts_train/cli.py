@@ -16,6 +16,7 @@ from .configs import PRESETS
 from .methods import METHODS
 from .optim import OPTIMIZERS
 from .parallel import PARALLEL, leave_at_once, rank_from_environment
+from .settings import COMPILE
 
 ERROR = 2
 DEBUG = "CHTS_DEBUG"
@@ -193,6 +194,8 @@ def add_training(parser: Parser) -> None:
                          "(default: as evaluations)")  # fmt: skip
     outputs.add_argument("--keep", type=int, default=2, metavar="N", help="checkpoints to keep (default: 2)")
     outputs.add_argument("--quiet", action="store_true", help="no progress")
+    outputs.add_argument("--compile", default="off", choices=COMPILE, metavar="C", help="torch.compile: off (the default), blocks, "
+                         "graph (also CUDA graphs; one GPU), or auto: graph where it can be")  # fmt: skip
     outputs.add_argument("--parallel", default="auto", choices=PARALLEL, metavar="P", help="of the processes that torchrun "
                          "started: ddp, fsdp, or auto: ddp (any number of them computes the same run)")  # fmt: skip
 

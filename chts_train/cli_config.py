@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .configs import RunConfig
+from .methods import METHODS
 
 # Option -> field of RunConfig, dotted for its parts.
 FIELDS = {
@@ -43,8 +44,8 @@ FIELDS = {
 def configure(options: argparse.Namespace, base: RunConfig) -> RunConfig:
     """``base`` with the options that were given, and then ``--set``.
 
-    Two fields follow others unless they are given themselves: the warm-up keeps its share of the steps, and the
-    micro-batch becomes the largest divisor of a new batch size that is at most the old micro-batch.
+    Some fields follow others unless they are given themselves: the warm-up keeps its share of the steps, the micro-batch
+    becomes the largest divisor of a new batch size that is at most the old micro-batch, and a method brings its ``settings``.
 
     Raises:
         ValueError, TypeError: unknown fields and values out of range; the message names the field.
@@ -65,6 +66,8 @@ def configure(options: argparse.Namespace, base: RunConfig) -> RunConfig:
     if "micro_batch" not in changes and _positive(batch):
         changes["micro_batch"] = next(m for m in range(min(batch, base.micro_batch), 0, -1) if batch % m == 0)
     values = base.to_dict()
+    if changes.get("method") in METHODS:  # an unknown one is refused where the run starts
+        values |= METHODS[changes["method"]].settings
     for key, value in changes.items():
         part, _, name = key.rpartition(".")
         if part not in ("", "model", "data"):

@@ -65,6 +65,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         keep=options.keep,
         quiet=options.quiet,
         parallel=options.parallel,
+        compile=options.compile,
     )
 
 

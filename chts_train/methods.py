@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +16,10 @@ from .topology import TopologyEvolver, TopologySchedule
 
 SRSTE_LAMBDA = 2e-4
 """Where the tuning over 6e-5, 2e-4, 6e-4 starts."""
+EARLY: Mapping[str, Any] = types.MappingProxyType(
+    {"zeta": 0.3, "zeta_end": 0.0, "stop_fraction": 0.3, "lr_ramp_steps": 0}
+)
+"""Much turnover while links have little to lose, none after a third of the training: what the moves did best with (LOG.md)."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,8 @@ class Method:
 
     ``kind`` is "dense", "sparse" (compressed weights) or "ste" (dense weights, masked in every forward pass); ``init`` the
     initial topology, "random" or "magnitude"; ``removal`` and ``regrowth`` the rule, None for a topology that stays.
+    ``settings``: fields of :class:`chts_train.configs.RunConfig` that the method has other defaults for than the presets have; the
+    command line applies them where nothing else is asked for.
     """
 
     name: str
@@ -31,6 +40,7 @@ class Method:
     removal: str | None = None
     regrowth: str | None = None
     srste_lambda: float = 0.0
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def evolves(self) -> bool:
@@ -92,6 +102,30 @@ def _methods() -> dict[str, Method]:
             ),
             Method(
                 f"soft-regrow{other}", "hard removal, soft regrowth (ablation)", n=n, removal="hard", regrowth="soft"
+            ),
+            Method(
+                f"rigl{tag}",
+                f"moves of whole {n}:4 patterns early on, by |w| and the dense gradient (RigL under the masks)",
+                n=n,
+                removal="moves",
+                regrowth="gradient",
+                settings=EARLY,
+            ),
+            Method(
+                f"random-moves{other}",
+                f"rigl{tag} with chance in place of the gradient: its control",
+                n=n,
+                removal="moves",
+                regrowth="random",
+                settings=EARLY,
+            ),
+            Method(
+                f"chts-moves{other}",
+                f"soft moves of whole {n}:4 patterns early on, by |w| and Cannistraci-Hebb scores",
+                n=n,
+                removal="soft-moves",
+                regrowth="soft",
+                settings=EARLY,
             ),
             Method(f"static{other}", f"random {n}:4 patterns that stay", n=n),
             Method(f"ste{tag}", f"dense weights, transposable {n}:4 mask in every forward pass", n=n, kind="ste"),

@@ -45,6 +45,7 @@ def make_optimizer(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     momentum: float = 0.9,
+    resident_operands: torch.dtype | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer over the trainable parameters of ``model``; build it after ``sparsify_``.
 
@@ -56,6 +57,7 @@ def make_optimizer(
         betas, eps: of Adam and AdamW.
         weight_decay: see :func:`parameter_groups`.
         momentum: of SGD.
+        resident_operands: of :class:`FusedAdamW` where that is what it becomes; nothing elsewhere.
 
     Raises:
         ValueError: unknown name, or a learning rate or weight decay out of range.
@@ -72,7 +74,7 @@ def make_optimizer(
     # Fused on CUDA: one kernel for all parameters. On the CPU the default keeps results independent of threads.
     fused = all(p.is_cuda and p.is_floating_point() for group in groups for p in group["params"])
     if fused and sparse_layers(model) and (name == "adamw" or weight_decay == 0):  # without decay both rules are one
-        return FusedAdamW(groups, lr=lr, betas=tuple(betas), eps=eps, model=model)
+        return FusedAdamW(groups, lr=lr, betas=tuple(betas), eps=eps, model=model, resident_operands=resident_operands)
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
     return kind(groups, lr=lr, betas=tuple(betas), eps=eps, fused=fused or None)
 

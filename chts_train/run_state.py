@@ -38,6 +38,7 @@ class Outcome:
     finished: bool
     exit_code: int
     """0, or 128 + the number of the signal that stopped it."""
-    checkpoint: Path
+    checkpoint: Path | None
+    """The last one; None where none are written."""
     figures: dict[str, float] = field(default_factory=dict)
     """Of the last evaluation, when finished."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+COMPILE = ("auto", "off", "blocks", "graph")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -17,6 +19,9 @@ class Settings:
         save_interval: steps between checkpoints; 0: as often as evaluations.
         keep: checkpoints to keep.
         quiet: print nothing.
+        compile: "blocks" (``torch.compile`` of a model's blocks), "graph" (also whole steps as CUDA graphs: one GPU, the fastest), "auto"
+            ("graph" on a GPU that trains alone, else "off") or "off". Compiling takes up to half a minute at the start.
+        checkpoints: save any; without them a run that was stopped is lost.
         parallel: among the processes that ``torchrun`` started: "ddp", "fsdp", or "auto" (DDP where there are several).
 
     Raises:
@@ -28,12 +33,16 @@ class Settings:
     save_interval: int = 0
     keep: int = 2
     quiet: bool = False
+    compile: str = "off"
+    checkpoints: bool = True
     parallel: str = "auto"
 
     def __post_init__(self) -> None:
         for name, low in (("log_interval", 1), ("save_interval", 0), ("keep", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}: must be at least {low}, got {getattr(self, name)}")
+        if self.compile not in COMPILE:
+            raise ValueError(f"compile: must be one of {', '.join(COMPILE)}, got {self.compile!r}")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -59,4 +68,18 @@ def resolve_precision(name: str, device: torch.device) -> str:
     """ "fp32" or "bf16"; "auto" is bf16 on a GPU that has it, else fp32."""
     if name == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return name
+
+
+def resolve_compile(name: str, device: torch.device, processes: int = 1) -> str:
+    """ "off", "blocks" or "graph"; "auto" is "graph" on a GPU that trains alone, else "off".
+
+    Raises:
+        ValueError: "graph" on a CPU, or among several processes.
+    """
+    fits = device.type == "cuda" and processes == 1
+    if name == "auto":
+        return "graph" if fits else "off"
+    if name == "graph" and not fits:
+        raise ValueError(f"compile: must not be 'graph' on {device.type} with {processes} process(es): it takes one GPU")
     return name

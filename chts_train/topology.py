@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from chts_kernels import Evolution, SparseWeight, evolve_many
 
+from .dense_gradient import DenseGradients
 from .distributed import (
     RankCheck,
     carry_over_rows_,
@@ -25,9 +26,17 @@ from .distributed import (
     unwrapped,
 )
 from .linear import SparseLinear, sparse_layers
+from .moves import move_many
 
 MAX_AGE = 255
 """Link ages are kept in one byte, in updates, and stop here."""
+RULES = {
+    "soft": ("soft", "greedy", "random"),
+    "hard": ("soft", "greedy", "random"),
+    "moves": ("gradient", "soft", "random"),
+    "soft-moves": ("gradient", "soft", "random"),
+}
+"""Removal -> the regrowths that go with it."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +129,10 @@ class TopologyEvolver:
         optimizer: any torch optimizer whose per-parameter state has the parameter's shape (SGD with momentum, Adam, AdamW,
             NAdam, RMSprop, ...) apart from scalars.
         schedule: the cadence.
-        removal: "soft" or "hard"; regrowth: "soft", "greedy" or "random".
+        removal: "soft" or "hard", the paper's, with regrowth "soft", "greedy" or "random"; or "moves", which replaces whole
+            patterns and spends zeta on links that really change (:func:`chts_kernels.choose_moves`), with regrowth "gradient" (by the
+            gradient of the dense weight at the update step, see :attr:`needs_dense_gradients`), "soft" (Cannistraci-Hebb scores)
+            or "random"; "soft-moves" adds the soft removal's noise to it.
         seed: of the noise. Ranks of a data-parallel job must share it.
         collect_stats: compute :meth:`stats` on the device at every update (one more selection pass).
         verify: where ``torch.distributed`` is initialised, compare the ids of all ranks before the first step and after every
@@ -146,12 +158,10 @@ class TopologyEvolver:
         verify: bool = True,
         process_group: Any = None,
     ) -> None:
-        for name, value, options in (
-            ("removal", removal, ("soft", "hard")),
-            ("regrowth", regrowth, ("soft", "greedy", "random")),
-        ):
-            if value not in options:
-                raise ValueError(f"{name}: must be one of {list(options)}, got {value!r}")
+        if removal not in RULES:
+            raise ValueError(f"removal: must be one of {list(RULES)}, got {removal!r}")
+        if regrowth not in RULES[removal]:
+            raise ValueError(f"regrowth: must be one of {list(RULES[removal])} with removal {removal!r}, got {regrowth!r}")
         self.model = unwrapped(model)
         self.layers = {plain_name(name): layer for name, layer in sparse_layers(self.model).items()}
         if not self.layers:
@@ -176,6 +186,7 @@ class TopologyEvolver:
         }
         self._verify, self._check = verify, RankCheck(process_group)
         self._figures: dict[str, dict[str, Any]] = {}
+        self._gradients = DenseGradients(self.layers, process_group) if regrowth == "gradient" else None
         self._attached = False
         self._true_lrs: list[Any] | None = None
         self._withheld: list[tuple[nn.Parameter, torch.Tensor]] = []
@@ -183,6 +194,7 @@ class TopologyEvolver:
             optimizer.register_step_pre_hook(self._before_optimizer_step),
             optimizer.register_step_post_hook(self._after_optimizer_step),
         ]
+        self._look_ahead()
 
     def step(self) -> bool:
         """Count one optimizer step; update the topology if it is due.
@@ -213,6 +225,13 @@ class TopologyEvolver:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._gradients is not None:
+            self._gradients.arm(False)
+
+    @property
+    def needs_dense_gradients(self) -> bool:
+        """Whether the passes of the coming step are read: they must then run eagerly, uncompiled (no CUDA graph)."""
+        return self._gradients is not None and self._gradients.armed
 
     @property
     def temperature(self) -> float:
@@ -280,6 +299,13 @@ class TopologyEvolver:
         for name, age in state["ages"].items():
             self.ages[name].copy_(laid_out_like(age, self.ages[name]))
         self.step_count, self.updates = state["step"], state["updates"]
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Have the passes of the coming step read, if it is an update that grows by gradients."""
+        if self._gradients is not None:
+            self._gradients.arm(False)
+            self._gradients.arm(self.schedule.is_update(self.step_count + 1))
 
     def _advance(self) -> bool:
         self._check.poll()
@@ -288,12 +314,20 @@ class TopologyEvolver:
         update = self.schedule.is_update(self.step_count + 1)
         if update:
             reshard(self.model)
+            if self._gradients is not None:
+                self._gradients.check()
         moments = self._moments() if update else {}  # may raise: before anything is counted or changed
+        if update:
+            for layer in self.layers.values():
+                layer.require_fresh_operands()
         self.step_count += 1
         if update:
             with torch.profiler.record_function("chts::topology_update"):
-                self._update(moments)
+                self._move(moments) if "moves" in self.removal else self._update(moments)
+            for layer in self.layers.values():
+                layer.follow_with_operands()
             self._compare(f"after the update at step {self.step_count}")
+        self._look_ahead()
         return not update
 
     def _compare(self, when: str) -> None:
@@ -305,10 +339,7 @@ class TopologyEvolver:
         # Layers go in one call for each implementation and device, so that equal shapes share launches.
         groups: dict[tuple[str, torch.device], list[tuple[int, str, SparseLinear]]] = {}
         for index, (name, layer) in enumerate(self.layers.items()):
-            age = self._age(name, layer)
-            local = age.to_local() if is_dtensor(age) else age
-            local += local < MAX_AGE
-            moments[name] = [*moments[name], age]
+            moments[name] = [*moments[name], self._older(name, layer)]
             # A kernel's name names the products; the update knows only one reference and one kernel.
             impl = "reference" if layer.impl == "reference" else "auto"
             if is_dtensor(layer.values):
@@ -340,6 +371,14 @@ class TopologyEvolver:
         carry_over_rows_(rows, result.old_ids, layer.ids, layer.n, start, impl=impl)
         self._note(name, result)
 
+    def _move(self, moments: dict[str, list[torch.Tensor]]) -> None:
+        members = []
+        for index, (name, layer) in enumerate(self.layers.items()):
+            members.append((index, name, layer, [*moments[name], self._older(name, layer)]))
+        for name, result in move_many(members, self._gradients, **self._rule()):
+            self._note(name, result)
+        self.updates += 1
+
     def _rule(self) -> dict[str, Any]:
         """The arguments of an update that are the same for all layers."""
         return {
@@ -354,6 +393,13 @@ class TopologyEvolver:
             total = gathered(age.sum(dtype=torch.int64), self.layers[name].ids.device)
             numbers = {**result.stats, "link_age_mean": total.double() / age.numel()}
         self._figures[name] = {"removed": result.removed, "device": numbers}
+
+    def _older(self, name: str, layer: SparseLinear) -> torch.Tensor:
+        """The ages of the layer's links, one update more."""
+        age = self._age(name, layer)
+        local = age.to_local() if is_dtensor(age) else age
+        local += local < MAX_AGE
+        return age
 
     def _age(self, name: str, layer: SparseLinear) -> torch.Tensor:
         if self.ages[name].device != layer.values.device:  # the model moved after the evolver was built

@@ -38,7 +38,8 @@ from .progress import Progress
 from .report import spell, summarise
 from .run_state import Counters, Outcome
 from .runs import RunError, RunLock, write_config
-from .settings import Settings, resolve_device, resolve_precision
+from .settings import Settings, resolve_compile, resolve_device, resolve_precision
+from .step_graphs import StepGraphs, compile_blocks
 from .tasks import evaluate, make_task
 from .topology import TopologySchedule
 
@@ -60,6 +61,7 @@ class Trainer:
         weights: start from these dense weights (the plain model's state_dict) instead of random ones; the dense and the
             pruned model are then evaluated first.
         origin: JSON-able facts kept in every checkpoint, such as where ``weights`` came from.
+        data: of ``config``, where that is loaded already.
 
     After :meth:`train`, ``model`` holds the trained model; :mod:`chts_train.report` puts it all in words.
 
@@ -75,8 +77,9 @@ class Trainer:
         *,
         weights: Mapping[str, Tensor] | None = None,
         origin: Mapping[str, Any] | None = None,
+        data: Any = None,
     ) -> None:
-        data = config.load_data()
+        data = config.load_data() if data is None else data
         self._build(config.fit(data), data, run, settings, origin or {}, weights)
 
     @classmethod
@@ -126,6 +129,7 @@ class Trainer:
         self.processes.check(config.batch_size, self.method.kind)
         self.device = resolve_device(self.settings.device)
         self.precision = resolve_precision(config.precision, self.device)
+        self.compile = resolve_compile(self.settings.compile, self.device, self.processes.size)
         self.task = make_task(config, data)
         self.batches = self.task.batches()
         self.baseline = self.task.baseline()
@@ -146,13 +150,19 @@ class Trainer:
             weight_grad=config.weight_grad,
         )
         self.records = sparsify_(self.model, sparsity) if sparsity else []
+        if self.compile != "off":
+            compile_blocks(self.model)
         self.network = self.processes.wrap(self.model, self.device)
+        # Everything that writes weights here follows with the operands; sharded values keep none.
+        resident = self.precision == "bf16" and self.processes.kind != "fsdp"
         self.optimizer = make_optimizer(
-            config.optimizer, self.model, **_take(config, "lr", "betas", "eps", "weight_decay")
-        )
+            config.optimizer, self.model, resident_operands=torch.bfloat16 if resident else None,
+            **_take(config, "lr", "betas", "eps", "weight_decay"),
+        )  # fmt: skip
         self.scheduler = make_scheduler(self.optimizer, **_take(config, "total_steps", "warmup_steps", "min_lr_ratio"))
         self.schedule = TopologySchedule(**_take(config, *(item.name for item in fields(TopologySchedule))))
         self.evolver = attach_method(self.method, self.model, self.optimizer, self.schedule, config.seed)
+        self.graphs = StepGraphs(self._pass, self.optimizer, self.device) if self.compile == "graph" else None
 
         self.counters = Counters()
         self.log, self.update_log = (
@@ -207,15 +217,16 @@ class Trainer:
 
     def evaluate(self, limit: int | None = None, stop: GracefulStop | None = None) -> dict[str, float] | None:
         """Figures of the model as it is on about ``limit`` held-out targets (images); None when stopped by a signal."""
-        return evaluate(
-            self.task,
-            self.model,
-            device=self.device,
-            autocast=self.autocast,
-            limit=limit,
-            stop=lambda: stop is not None and self._stopped(stop),
-            processes=self.processes,
-        )
+        with torch.compiler.set_stance("force_eager"):  # not worth another compilation, and the same figures in every mode
+            return evaluate(
+                self.task,
+                self.model,
+                device=self.device,
+                autocast=self.autocast,
+                limit=limit,
+                stop=lambda: stop is not None and self._stopped(stop),
+                processes=self.processes,
+            )
 
     @property
     def passes(self) -> int:
@@ -250,26 +261,40 @@ class Trainer:
         if processes.size > 1:  # each process drops its own paths, and a resumed run the same ones
             torch.manual_seed(((self.config.seed << 32) + counters.step * processes.size + processes.rank) % (1 << 63))
         inputs, targets = processes.mine(inputs).split(size), processes.mine(targets).split(size)
-        for number, (x, y) in enumerate(zip(inputs, targets, strict=True), 1):
-            # So that neither accumulation nor the number of processes changes anything, also with padding. (Every sequence
-            # has a target, so no share is 0.)
-            share = self.task.count(y) / total
-            with processes.accumulating(self.network, last=number == len(inputs)):
-                with self.autocast():
-                    loss = self.network(x.to(self.device), y.to(self.device))
-                (loss * (share * processes.size)).backward()  # DDP and FSDP average over the processes
-            self._loss += loss.detach().double() * share
+        # So that neither accumulation nor the number of processes changes anything, also with padding. (Every sequence
+        # has a target, so no share is 0.)
+        passes = [(x, y, self.task.count(y) / total) for x, y in zip(inputs, targets, strict=True)]
+        eager = self.evolver is not None and self.evolver.needs_dense_gradients
+        with torch.compiler.set_stance("force_eager") if eager else contextlib.nullcontext():
+            if self.graphs is not None:
+                self.graphs.gradients(passes, eager=eager)
+            else:
+                for number, (x, y, share) in enumerate(passes, 1):
+                    with processes.accumulating(self.network, last=number == len(passes)):
+                        self._pass(x.to(self.device), y.to(self.device), share)
         counters.step += 1
         counters.seen += total
         counters.loss_steps += 1
-        if self.evolver is None or self.evolver.step():
-            self.optimizer.step()
-        else:
+        if self.evolver is not None and not self.evolver.step():
             self._log_update()
+        elif self.graphs is not None:
+            self.graphs.step(1.0 if self.evolver is None else self.schedule.lr_scale(counters.step))
+        else:
+            self.optimizer.step()
         self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.graphs is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.graphs.clear()
         self._saved = None
         counters.seconds += time.monotonic() - start
+
+    def _pass(self, inputs: Tensor, targets: Tensor, share: float | Tensor) -> None:
+        """Forward and backward of one micro-batch on the device; ``share``: its part of the batch's targets."""
+        with self.autocast():
+            loss = self.network(inputs, targets)
+        (loss * (share * self.processes.size)).backward()  # DDP and FSDP average over the processes
+        self._loss += loss.detach().double() * share
 
     def _log_update(self) -> None:
         layers = self.evolver.stats()
@@ -327,10 +352,12 @@ class Trainer:
             self.log.write("eval", step, **figures)
             progress.message(f"step {step}: held-out {spell(figures)}")
 
-    def _save(self) -> Path:
-        """The checkpoint of this step, written unless it is there already."""
+    def _save(self) -> Path | None:
+        """The checkpoint of this step, written unless it is there already or none are wanted."""
         if self._saved is None:
             self._read_loss()  # a diverged model never replaces a good one
+            if not self.settings.checkpoints:
+                return None
             self._saved = save_checkpoint(
                 self.run,
                 step=self.counters.step,

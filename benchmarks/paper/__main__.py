@@ -53,7 +53,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _shared(p: argparse.ArgumentParser) -> None:
     from benchmarks.paper.protocol import SCALES
+    from chts_train.settings import COMPILE
 
+    p.add_argument("--compile", default="auto", choices=COMPILE, help="of the training (chts pretrain --help); default auto: CUDA graphs")
+    p.add_argument("--whole-arms", action="store_true", help="begin no arm that may not fit into the time left, and save no checkpoints: "
+                   "for machines whose disks do not stay")  # fmt: skip
     p.add_argument("--scale", choices=SCALES, default="reduced")
     p.add_argument("--runs", type=Path, default=Path("runs/paper"), help="folder of the run folders (default runs/paper)")
     p.add_argument("--data", type=Path, help="folder with the books pack and cifar10_jpeg.npz; default runs/data")
@@ -86,7 +90,8 @@ def _run(arguments: Sequence[str]) -> int:
     plan = schedule.Plan(
         files, options.seeds, [method_name(name) for name in options.arms], options.scale, places,
         unpacked(places, home), home,
-        {key: facts.get(key) for key in ("gpu", "commit", "kernel_hash", "torch")}, lambda text: print(text, flush=True),
+        {key: facts.get(key) for key in ("gpu", "commit", "kernel_hash", "torch")},
+        lambda text: print(f"{time.monotonic() - start:6.1f} s  {text}", flush=True), compile=options.compile, whole=options.whole_arms,
     )  # fmt: skip
     for table in TABLES:  # also runs that another table has made
         if (path := path_of(options.out, table, options.scale)).exists():
@@ -117,7 +122,7 @@ def _worker(arguments: Sequence[str]) -> int:
 
     places = Places.find(options.data, options.scale)
     arm = Arm(options.group, options.method, options.seed, options.decay)
-    train_arm(arm, options.scale, unpacked(places, options.runs), options.runs)
+    train_arm(arm, options.scale, unpacked(places, options.runs), options.runs, compile=options.compile, whole=options.whole_arms)
     return 0
 
 

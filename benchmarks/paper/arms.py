@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import lzma
 import os
 import shutil
@@ -13,12 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.paper.protocol import Arm, Places, config_of, fingerprint
 from chts_train.checkpoint import FOLDER, LATEST
+from chts_train.configs import DataConfig, RunConfig
 from chts_train.interrupt import GracefulStop
 from chts_train.loading import load_dense
 from chts_train.methods import get_method
 from chts_train.metrics import METRICS, UPDATES, read_metrics
+from chts_train.models import LlamaConfig, ViTConfig
 from chts_train.runs import SUMMARY, new_run, read_json
 from chts_train.settings import Settings
 from chts_train.storage import replacing
@@ -58,17 +63,26 @@ def unpacked(places: Places, home: Path) -> Places:
     return Places(tuple(paths), places.images)
 
 
-def train_arm(arm: Arm, scale: str, places: Places, home: Path, seconds: float | None = None) -> bool:
+def train_arm(
+    arm: Arm, scale: str, places: Places, home: Path, seconds: float | None = None, *, compile: str = "auto", whole: bool = False
+) -> bool:
     """Start the arm, or go on from its checkpoint; True when it is finished.
 
-    SIGTERM, or ``seconds`` from now, lets the step finish, saves a checkpoint and returns False.
+    SIGTERM, or ``seconds`` from now, lets the step finish, saves a checkpoint and returns False. ``compile``: see
+    :class:`Settings`. ``whole``: without checkpoints, but for the last one of a dense model, which re-training starts from.
 
     Raises:
         RuntimeError: ``seconds`` given outside of the main thread, where no signal can be handled.
         ValueError, TrainingError: what :class:`Trainer` raises.
     """
     folder = folder_of(arm, scale, places, home)
-    settings = Settings(log_interval=_WINDOW, save_interval=1000, keep=1, quiet=True)
+    steps = config_of(arm, scale, places).total_steps
+    settings = Settings(
+        log_interval=_WINDOW, save_interval=steps if whole else 1000, keep=1, quiet=True, compile=compile,
+        checkpoints=not whole or arm.method == "dense",
+    )  # fmt: skip
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of the arm before, in this process
     with GracefulStop() as stop, _alarm(seconds):
         if has_checkpoint(folder):
             trainer = Trainer.resume(folder, settings)
@@ -80,10 +94,18 @@ def train_arm(arm: Arm, scale: str, places: Places, home: Path, seconds: float |
 
 def _new(arm: Arm, scale: str, places: Places, home: Path, folder: Path, settings: Settings) -> Trainer:
     config = config_of(arm, scale, places)
+    data = _data(config.task, config.data)
     if arm.needs is None:
-        return Trainer(config, new_run(arm.key, folder), settings)
+        return Trainer(config, new_run(arm.key, folder), settings, data=data)
     weights, _, origin = load_dense(folder_of(arm.needs, scale, places, home))
-    return Trainer(config, new_run(arm.key, folder), settings, weights=weights, origin=origin)
+    return Trainer(config, new_run(arm.key, folder), settings, weights=weights, origin=origin, data=data)
+
+
+@functools.lru_cache(maxsize=2)
+def _data(task: str, data: DataConfig) -> Any:
+    """Decoding images takes longer than preparing anything else, and the next arm of this process needs the same ones."""
+    model = LlamaConfig() if task == "text" else ViTConfig()
+    return RunConfig(task=task, model=model, data=data).load_data()
 
 
 @contextlib.contextmanager

@@ -28,9 +28,11 @@ TUNING_SEED = 0
 # In the order in which they run: what decides most comes first, should time run out.
 _PRETRAIN = ("dense", "chts24", "random-regrow", "static", "srste24", "ste24")
 _PRETRAIN14 = ("chts14", "random-regrow14", "static14", "srste14", "ste14")
+# Beyond the paper: whole patterns move, by the gradient and by chance (the control); their schedule is in Method.settings.
+_BEYOND, _BEYOND14 = ("rigl24", "random-moves"), ("rigl14", "random-moves14")
 _RETRAIN = ("dense", "nvidia", "random-regrow", "chts24")
 TABLES: Mapping[int, Mapping[str, Sequence[str]]] = {
-    1: {"llama": (*_PRETRAIN, *_PRETRAIN14)},
+    1: {"llama": (*_PRETRAIN, *_BEYOND, *_PRETRAIN14, *_BEYOND14)},
     2: {"llama": ("greedy", "soft-regrow", "chts24")},
     3: {"vit": ("dense",), f"vit{RETRAIN}": _RETRAIN, "llama": ("dense",), f"llama{RETRAIN}": _RETRAIN},
 }
@@ -188,7 +190,8 @@ def config_of(arm: Arm, scale: str, places: Places) -> RunConfig:
     base = replace(base, data=_data(base.data, group, places))
     if arm.needs is not None:
         base = retrain_config(base, **_CHANGES[scale][arm.group])
-    return replace(base, method=arm.method, seed=arm.seed, srste_lambda=arm.decay, name=arm.group)
+    own = get_method(arm.method).settings
+    return replace(base, **own, method=arm.method, seed=arm.seed, srste_lambda=arm.decay, name=arm.group)
 
 
 def _data(data: DataConfig, group: str, places: Places) -> DataConfig:

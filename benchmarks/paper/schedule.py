@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -14,7 +15,10 @@ from typing import Any
 from benchmarks.paper.arms import collect, folder_of, forget, has_checkpoint, is_finished, train_arm
 from benchmarks.paper.protocol import ROOT, Arm, Places, arms_of, fingerprint
 from benchmarks.paper.results import Paper, tuned
+from chts_train.methods import get_method
 
+COMPILING_S = 15.0
+"""What compiling a model with another kind of layer takes, about."""
 GRACE_S = 45.0
 """How long a stopped arm may take to save its checkpoint."""
 
@@ -37,6 +41,11 @@ class Plan:
     environment: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = print
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compile: str = "auto"
+    whole: bool = False
+    """Arms are trained from beginning to end, without checkpoints; none is begun for which the time left is too short."""
+    seconds_of: dict[tuple[str, str, int], float] = field(default_factory=dict)
+    """:func:`_program` -> what the quickest such arm of this invocation took."""
     jobs_of: dict[str, int] = field(default_factory=dict)
     """Key -> the most arms that shared the device with an arm, itself included, in this invocation."""
 
@@ -67,7 +76,7 @@ class Plan:
                 file.save()
 
     def waiting(self) -> list[Arm]:
-        """Arms still to train whose dense model is there, begun ones first, then in the order of the table."""
+        """Arms still to train whose dense model is there: begun ones first; then table by table, 2:4 before 1:4, seed by seed."""
         found: dict[str, Arm] = {}
         for file in self.files:
             for arm in self.wanted(file):
@@ -77,7 +86,23 @@ class Plan:
                 if source is not None and not (is_finished(self.folder(source)) and has_checkpoint(self.folder(source))):
                     arm = source  # again, where its row came from another machine
                 found.setdefault(arm.key, arm)
-        return sorted(found.values(), key=lambda arm: (not has_checkpoint(self.folder(arm)), arm.seed))
+        order = {key: number for number, key in enumerate(found)}  # of tables, and of methods in a table
+        tables = {arm.key: number for number, file in reversed([*enumerate(self.files)]) for arm in self.wanted(file)}
+
+        def urgency(arm: Arm) -> tuple[Any, ...]:
+            begun, method = has_checkpoint(self.folder(arm)), get_method(arm.method)
+            return not begun, tables.get(arm.key, 0), method.kind != "dense" and method.n == 1, arm.seed, order[arm.key]
+
+        return sorted(found.values(), key=urgency)
+
+    def expected(self, arm: Arm) -> float:
+        """Seconds that the arm will take, as far as this invocation's arms, or rows of earlier ones, tell; 0 when nothing does."""
+        if _program(arm) in self.seconds_of:
+            return 1.05 * self.seconds_of[_program(arm)]
+        here = [seconds for (group, *_), seconds in self.seconds_of.items() if group == arm.group]
+        # What was timed before was without start-up; another kind of layer has to be compiled first.
+        there = [row["seconds"] for row in self.known.values() if row["group"] == arm.group]
+        return max((1.1 * seconds + COMPILING_S for seconds in here or there), default=0.0)
 
     def left(self) -> int:
         """Arms of the tables without a row (the SR-STE runs that wait for the tuning are not among them yet)."""
@@ -110,6 +135,8 @@ def run(plan: Plan, deadline: float, jobs: int, data: Path | None) -> list[str]:
             plan.record()
             ready = [arm for arm in plan.waiting() if arm.key not in failed and arm.key not in running]
             now = time.monotonic()
+            if plan.whole:
+                ready = [arm for arm in ready if plan.expected(arm) <= deadline - now]
             if now < deadline and ready and jobs == 0:
                 _here(plan, ready[0], deadline - now, failed)
                 continue
@@ -136,7 +163,8 @@ def run(plan: Plan, deadline: float, jobs: int, data: Path | None) -> list[str]:
 def _start(plan: Plan, arm: Arm, jobs: int, data: Path | None) -> subprocess.Popen[bytes]:
     plan.say(f"{arm.key}: {'goes on' if has_checkpoint(plan.folder(arm)) else 'starts'}")
     options = ["--group", arm.group, "--method", arm.method, "--seed", str(arm.seed), "--scale", plan.scale]
-    options += ["--runs", str(plan.home)] + ([] if arm.decay is None else ["--decay", repr(arm.decay)])
+    options += ["--runs", str(plan.home), "--compile", plan.compile, *(["--whole-arms"] if plan.whole else [])]
+    options += [] if arm.decay is None else ["--decay", repr(arm.decay)]
     options += [] if data is None else ["--data", str(data)]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     log = _log(plan, arm)
@@ -150,16 +178,29 @@ def _start(plan: Plan, arm: Arm, jobs: int, data: Path | None) -> subprocess.Pop
 
 def _here(plan: Plan, arm: Arm, seconds: float, failed: dict[str, str]) -> None:
     plan.jobs_of[arm.key] = 1
+    start = time.monotonic()
     try:
-        train_arm(arm, plan.scale, plan.held, plan.home, seconds)
+        train_arm(arm, plan.scale, plan.held, plan.home, seconds, compile=plan.compile, whole=plan.whole)
     except Exception as error:  # whatever one arm dies of, the others are still wanted
         failed[arm.key] = f"{arm.key}: {type(error).__name__}: {error}"
-    _tell(plan, arm, failed)
+    gc.collect()  # the arm's captured graphs and their memory
+    taken = time.monotonic() - start
+    if is_finished(plan.folder(arm)):
+        # The first one compiled.
+        plan.seconds_of[_program(arm)] = min(taken, plan.seconds_of.get(_program(arm), taken))
+    _tell(plan, arm, failed, f" in {taken:.1f} s")
 
 
-def _tell(plan: Plan, arm: Arm, failed: dict[str, str]) -> None:
+def _program(arm: Arm) -> tuple[str, str, int]:
+    """What arms have in common that run the same compiled code."""
+    method = get_method(arm.method)
+    return arm.group, method.kind, 0 if method.kind == "dense" else method.n
+
+
+def _tell(plan: Plan, arm: Arm, failed: dict[str, str], took: str = "") -> None:
     finished = is_finished(plan.folder(arm))
-    plan.say(failed.get(arm.key) or f"{arm.key}: {'finished' if finished else 'stopped, to be continued'}")
+    again = "to be begun again" if plan.whole else "to be continued"
+    plan.say(failed.get(arm.key) or f"{arm.key}: {'finished' if finished else f'stopped, {again}'}{took}")
 
 
 def _log(plan: Plan, arm: Arm) -> Path:

@@ -105,14 +105,15 @@ class ModelProblem:
             self.model, self.spec = stack(case.dims["model"])
         self.batch = random_batch(self.spec, device)
 
-    def variant(self, convert: Callable[[nn.Module], nn.Module], label: str) -> Variant:
+    def variant(self, convert: Callable[[nn.Module], nn.Module], label: str, *, resident: bool = False) -> Variant:
         """Steps of ``convert(copy of the model)``; its loss before the first step is compared with the float32 one.
 
-        The same rule updates all parameters of all providers; sparse layers get our kernel, the others torch's fused one.
+        The same rule updates all parameters of all providers; sparse layers get our kernel, the others torch's fused one. ``resident``:
+        the passes read the operands that the optimizer wrote.
         """
         model = convert(copy.deepcopy(self.model))
         options = {"lr": LEARNING_RATE, "weight_decay": 0.0, "capturable": self.device.type == "cuda"}
-        optimizer = FusedAdamW(model.parameters(), model=model, **options)
+        optimizer = FusedAdamW(model.parameters(), model=model, resident_operands=torch.bfloat16 if resident else None, **options)
         plain = copy.deepcopy(getattr(model, "_orig_mod", model))
         densify_(plain)
         with torch.no_grad():

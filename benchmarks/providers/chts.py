@@ -38,7 +38,8 @@ def build(problem: Problem, impl: str) -> list[Variant]:
     if isinstance(problem, OptimizerProblem):
         return [problem.links("operands included", impl)]
     assert isinstance(problem, ModelProblem)
-    return [problem.variant(lambda model: chts_compiled.sparse(problem, model, impl), "2:4, ")]
+    label = "2:4, operands resident, "
+    return [problem.variant(lambda model: chts_compiled.sparse(problem, model, impl), label, resident=True)]
 
 
 def _product(problem: LinearProblem, impl: str) -> Variant:

@@ -7,15 +7,16 @@ from torch import nn
 
 from benchmarks.problems.training import ModelProblem
 from benchmarks.providers import cuda_only
-from benchmarks.providers.compiled import compile_blocks
 from benchmarks.timing import Variant
 from chts_train import SparsityConfig, sparse_layers, sparsify_
+from chts_train.step_graphs import compile_blocks
 
 
 def build(problem: ModelProblem, impl: str) -> list[Variant]:
     cuda_only(problem, "torch.compile with Inductor's GPU code")
     torch._dynamo.reset()
-    return [problem.variant(lambda model: compile_blocks(sparse(problem, model, impl)), "2:4, compiled, ")]
+    label = "2:4, compiled, operands resident, "
+    return [problem.variant(lambda model: compile_blocks(sparse(problem, model, impl)), label, resident=True)]
 
 
 def sparse(problem: ModelProblem, model: nn.Module, impl: str) -> nn.Module:

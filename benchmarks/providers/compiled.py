@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from benchmarks.problems.linear import LinearProblem
 from benchmarks.problems.training import ModelProblem
 from benchmarks.providers import cuda_only
 from benchmarks.providers.cublas import layer
 from benchmarks.timing import Variant
-from chts_train.models.llama import DecoderLayer
-from chts_train.models.vit import Block
+from chts_train.step_graphs import compile_blocks
 
 
 def build(problem: LinearProblem | ModelProblem, impl: str) -> list[Variant]:
@@ -23,11 +21,3 @@ def build(problem: LinearProblem | ModelProblem, impl: str) -> list[Variant]:
     apply = torch.compile(lambda x, weight: F.linear(x, weight), dynamic=False)
     calls = [layer(s, apply) for s in problem.inputs]
     return [Variant(calls, lambda out: dict(zip(("y", "dx", "dw_dense"), out, strict=True)))]
-
-
-def compile_blocks(model: nn.Module) -> nn.Module:
-    """Compile the transformer blocks of ``model`` in place, each as one graph; what is around them stays eager."""
-    for module in model.modules():
-        if isinstance(module, DecoderLayer | Block):
-            module.compile(fullgraph=True, dynamic=False)
-    return model

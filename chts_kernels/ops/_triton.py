@@ -144,29 +144,42 @@ class TritonKernel:
             plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
             self.function[(blocks,)](*plain, **dict(constants))
             return
-        types, addresses, integers = [], [], []
-        for i, a in enumerate(arguments):
-            if type(a) is int:
-                types.append("i32")
-                integers.append((i, a))
-            elif a is None:
-                types.append("*i32")
-            else:
-                types.append(TYPES[a.dtype])
-                addresses.append((i, a.data_ptr()))
-        launch = self._plan(blocks, tuple(types), tuple(integers), constants, num_warps, device)
-        values = launch.values
-        for i, address in addresses:
-            values[i] = address
+        types, settings = _signature(arguments)
+        launch = self._plan(blocks, types, constants, num_warps, device)
+        launch.values[: len(settings)] = settings
         if torch._C._cuda_getDevice() == device:
             launch.run(torch._C._cuda_getCurrentRawStream(device))
         else:
             with torch.cuda.device(device):
                 launch.run(torch._C._cuda_getCurrentRawStream(device))
 
+    def prepare(
+        self, blocks: int, arguments: tuple[Any, ...], constants: tuple[tuple[str, Any], ...], num_warps: int
+    ) -> cuda_driver.Launch:
+        """A launch to keep, with the arguments of :meth:`launch` set. Who runs it sets ``values[i]`` of those that changed: in a new thread
+        they are the first ones again."""
+        types, settings = _signature(arguments)
+        kernel = self.load(types, constants, num_warps, arguments[0].get_device())
+        return cuda_driver.Launch(kernel, blocks, tuple(enumerate(settings)))
+
     @functools.lru_cache(maxsize=4096)  # noqa: B019
     def _plan(
-        self, blocks: int, types: tuple[str, ...], integers: tuple[tuple[int, int], ...],
-        constants: tuple[tuple[str, Any], ...], num_warps: int, device: int,
-    ) -> cuda_driver.Launch:  # fmt: skip
-        return cuda_driver.Launch(self.load(types, constants, num_warps, device), blocks, integers)
+        self, blocks: int, types: tuple[str, ...], constants: tuple[tuple[str, Any], ...], num_warps: int, device: int
+    ) -> cuda_driver.Launch:
+        return cuda_driver.Launch(self.load(types, constants, num_warps, device), blocks, ())
+
+
+def _signature(arguments: tuple[Any, ...]) -> tuple[tuple[str, ...], list[int]]:
+    """Types and values as parameters of a kernel: integers, addresses of tensors, a null pointer for None."""
+    types, settings = [], []
+    for a in arguments:
+        if type(a) is int:
+            types.append("i32")
+            settings.append(a)
+        elif a is None:
+            types.append("*i32")
+            settings.append(0)
+        else:
+            types.append(TYPES[a.dtype])
+            settings.append(a.data_ptr())
+    return tuple(types), settings

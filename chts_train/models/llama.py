@@ -154,6 +154,16 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+class NextTokenLoss(nn.Module):
+    """Mean cross entropy in nats, computed in float32; a module of its own, so that it can be compiled by itself.
+
+    logits [B, T, vocab]; targets int64 [B, T], -100 where none counts -> float32 scalar.
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
 class Llama(nn.Module):
     """Causal language model.
 
@@ -167,6 +177,7 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.loss = NextTokenLoss()
         self.apply(self._init)
 
     def _init(self, module: nn.Module) -> None:
@@ -188,6 +199,4 @@ class Llama(nn.Module):
         if targets is not None and targets.shape != tokens.shape:
             raise ValueError(f"targets must have the shape of tokens {tuple(tokens.shape)}, got {tuple(targets.shape)}")
         logits = self.lm_head(self.model(tokens))
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+        return logits if targets is None else self.loss(logits, targets)

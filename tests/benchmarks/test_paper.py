@@ -158,15 +158,44 @@ def test_processes_stop_in_time_and_go_on(call, tmp_path: Path, capsys) -> None:
 def test_a_failing_arm_is_told_and_others_go_on(call, monkeypatch, capsys) -> None:
     train = arms.train_arm
 
-    def fails(arm: Arm, *rest):
+    def fails(arm: Arm, *rest, **options):
         if arm.method == "dense":
             raise RuntimeError("out of luck")
-        return train(arm, *rest)
+        return train(arm, *rest, **options)
 
     monkeypatch.setattr(schedule, "train_arm", fails)
     assert call("--table", "1", "--arms", "dense", "static") == 1
     printed = capsys.readouterr()
     assert "llama/dense/s0: RuntimeError: out of luck" in printed.err and "llama/static/s0: finished" in printed.out
+
+
+def test_whole_arms_are_begun_only_where_time_suffices(call, tmp_path: Path, monkeypatch, capsys) -> None:
+    trained = []
+    train = arms.train_arm
+
+    def training(arm: Arm, *rest, **options):
+        trained.append((arm.method, options["whole"]))
+        return train(arm, *rest, **options)
+
+    monkeypatch.setattr(schedule, "train_arm", training)
+    monkeypatch.setattr(schedule.Plan, "expected", lambda self, arm: 1e9 if arm.method == "static" else 0.0)
+    assert call("--table", "1", "--whole-arms", "--arms", "static", "chts24", "chts14", "dense", "--compile", "off") == 0
+    assert trained == [("chts24", True), ("dense", True), ("chts14", True)]  # 2:4 before 1:4
+    assert "1 arm(s) left" in capsys.readouterr().out
+    file = Paper.load(path_of(tmp_path / "out", 1, "tiny"))
+    assert len(file.rows) == 3 and all(row["jobs"] == 1 for row in file.rows)
+    saved = {path.parts[-3] for path in (tmp_path / "runs").glob("tiny/*/checkpoints/latest")}
+    assert len(saved) == 1 and next(iter(saved)).startswith("llama-dense")  # re-training starts from it
+
+
+def test_how_long_an_arm_is_expected_to_take() -> None:
+    plan = schedule.Plan([], [0], [], "tiny", Places(), Places(), Path("nowhere"))
+    dense, chts, other = (Arm("llama", method, 0) for method in ("dense", "chts24", "random-regrow"))
+    assert plan.expected(dense) == 0  # nothing is known
+    plan.known["llama/dense/s1"] = {"group": "llama", "seconds": 40.0}
+    assert plan.expected(dense) == pytest.approx(44 + schedule.COMPILING_S)
+    plan.seconds_of[schedule._program(chts)] = 50.0
+    assert plan.expected(other) == pytest.approx(52.5) and plan.expected(dense) == pytest.approx(55 + schedule.COMPILING_S)
 
 
 def test_other_protocols_are_refused(call, tmp_path: Path, capsys) -> None:

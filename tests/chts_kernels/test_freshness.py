@@ -125,6 +125,50 @@ def test_what_a_capture_derived_is_fresh_in_it_and_nowhere_else(capture):
     assert not f.holds((a,))
 
 
+def test_a_backward_pass_reads_what_its_forward_pass_derived_after_a_capture_too(capture):
+    a, f = torch.zeros(4), Freshness()
+    capture[0] = 7
+    f.mark((a,), "bf16")
+    captured = f.stamp
+    capture[0] = None
+    assert not f.unchanged(captured, (a,), "bf16"), "its memory holds what the last replay wrote, if any"
+    f.mark((a,), "bf16")
+    first = f.stamp
+    assert not f.holds((a,), "bf16")
+    assert f.unchanged(first, (a,), "bf16") and not f.unchanged(first, (a,), "fp16") and not f.unchanged(None, (a,), "bf16")
+    capture[0] = 8
+    assert not f.unchanged(first, (a,), "bf16"), "a graph derives for itself"
+    capture[0] = None
+    a.add_(1)
+    assert not f.unchanged(first, (a,), "bf16")
+    f.mark((a,), "bf16")
+    assert not f.unchanged(first, (a,), "bf16")
+    second = f.stamp
+    f.mark((a,), "bf16")
+    assert f.unchanged(second, (a,), "bf16"), "derived again from the same tensors"
+    f.invalidate()
+    assert not f.unchanged(second, (a,), "bf16") and f.stamp is None and not f.unchanged(None, (a,), "bf16")
+
+
+def test_a_captured_optimizer_step_outdates_for_good(capture, monkeypatch):
+    """Its replays write the parameters and run no Python, whatever else was captured."""
+    written, other = torch.nn.Parameter(torch.zeros(4)), torch.zeros(4)
+    f, g = Freshness(), Freshness()
+    f.mark((written, other))
+    g.mark((other,))
+    with monkeypatch.context() as capturing:
+        capturing.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        capturing.setattr(torch.cuda, "is_initialized", lambda: True)
+        capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        capturing.setattr(torch._C, "_cuda_isCurrentStreamCapturing", lambda: True, raising=False)
+        freshness._outdate_all(torch.optim.SGD([written], lr=0.1))
+    for item, tensors in ((f, (written, other)), (g, (other,))):
+        assert not item.holds(tensors)
+        item.mark(tensors)
+        assert item.unchanged(item.stamp, tensors)
+    assert not f.holds((written, other)) and g.holds((other,))
+
+
 def test_changes_inside_a_capture_outdate(capture):
     parameter, f = torch.nn.Parameter(torch.zeros(4)), Freshness()
     capture[0] = 7
@@ -193,6 +237,61 @@ def test_a_captured_training_step_packs_once_a_step_and_accumulates(monkeypatch,
     torch.testing.assert_close(captured.values, eager.values, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(captured(batches[0]), eager(batches[0]), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_an_eager_layer_packs_once_after_a_capture(monkeypatch):
+    layer = SparseLinear(64, 128, bias=False, device="cuda")
+    batches = [torch.randn(32, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+
+    def passes():
+        outputs = [layer(x).float().square().sum() for x in batches]
+        return [torch.autograd.grad(y, (x, layer.values)) for y, x in zip(outputs, batches, strict=True)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        expected = passes()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph, packs = torch.cuda.CUDAGraph(), _Packs(monkeypatch)
+    with torch.cuda.graph(graph):
+        passes()
+    assert packs.count == 1
+    for _ in range(2):
+        y = layer(batches[0]).float().square().sum()
+        graph.replay()  # of a graph that writes no parameter: allowed between the passes
+        got = torch.autograd.grad(y, (batches[0], layer.values))
+        assert all(map(torch.equal, got, expected[0]))
+    assert packs.count == 3, "one for every forward pass, none for its backward pass"
+    for got, wanted in zip(passes(), expected, strict=True):
+        assert all(map(torch.equal, got, wanted))
+    assert packs.count == 5
+
+
+@pytest.mark.gpu
+def test_replays_of_an_optimizer_step_alone_outdate():
+    layer = SparseLinear(64, 64, bias=False, device="cuda")
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.1, fused=True, capturable=True)
+    x = torch.randn(8, 64, device="cuda", dtype=torch.bfloat16)
+    layer.values.grad = torch.randn_like(layer.values)
+    with torch.no_grad():
+        layer(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for _ in range(3):
+        with torch.no_grad():
+            before = layer(x)
+            graph.replay()
+            after = layer(x)
+            expected = torch.nn.functional.linear(x, layer.weight.to_dense().to(x.dtype))
+        torch.testing.assert_close(after, expected, rtol=2e-2, atol=2e-2)
+        assert not torch.equal(before, after)
 
 
 @pytest.mark.gpu

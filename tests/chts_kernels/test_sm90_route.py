@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from chts_kernels import SparseWeight, input_grad, spmm, target
+from chts_kernels.ops import _library
 from chts_kernels.ops import spmm as ops
 from chts_kernels.ops.spmm import route, sm90_wgmma_sp
 
@@ -44,7 +45,7 @@ def plans(monkeypatch):
     monkeypatch.setattr(sm90_wgmma_sp, "plan", plan)
     monkeypatch.setattr(sm90_wgmma_sp, "spmm_sm90", long_way)
     monkeypatch.setattr(route, "_ROUTES", {})
-    monkeypatch.setattr(route, "_empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(_library, "_empty_strided_cuda", torch._C._dynamo.guards._empty_strided_cpu)
     for op in (ops.SPMM, ops.INPUT_GRAD):
         monkeypatch.setattr(op, "_chosen", {})
     ops._product.cache_clear()
@@ -169,7 +170,7 @@ def test_errors_are_those_of_the_long_way(plans):
 
 
 def test_the_table_of_routes_is_bounded(plans, monkeypatch):
-    monkeypatch.setattr(route, "LIMIT", 4)
+    monkeypatch.setattr(route, "ROUTES_LIMIT", 4)
     w = weight()
     for tokens in range(1, 20):
         call(torch.randn(tokens, 48).to(BF16), w)

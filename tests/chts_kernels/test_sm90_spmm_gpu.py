@@ -9,9 +9,9 @@ import threading
 import pytest
 import torch
 
-from chts_kernels import testing
+from chts_kernels import cuda_driver, testing
 from chts_kernels.format import SparseWeight
-from chts_kernels.ops.spmm import mma_config, mma_launch, sm90_launch, sm90_wgmma_sp
+from chts_kernels.ops.spmm import mma_config, mma_launch, sm90_wgmma_sp
 from chts_kernels.ops.spmm.mma_sp import spmm_mma
 from chts_kernels.ops.spmm.mma_sp import why_not as why_not_mma
 from chts_kernels.ops.spmm.sm90_config import CONFIGS
@@ -249,7 +249,7 @@ def test_threads_share_kernels(product):
 
 def test_map_cache_is_bounded(monkeypatch):
     skip_without("wgmma_sp")
-    monkeypatch.setattr(sm90_launch.Plan, "maps_limit", 8)
+    monkeypatch.setattr(cuda_driver.TensorMaps, "limit", 8)
     x, _, dense, op = problem(64, 64, 64)
     outs = [spmm_sm90(x, op.values, op.meta, 64) for _ in range(20)]
     plan = list(sm90_wgmma_sp._PLANS.values())[-1]

@@ -75,7 +75,7 @@ def test_mvue_prunes_like_the_reference(shape, dtype):
     assert not values[:, expected.shape[1] :].any() and torch.equal(meta, mvue.metadata(nibbles))
 
 
-@pytest.mark.parametrize("name", [SPARSE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in SPARSE[1:])])
+@pytest.mark.parametrize("name", SPARSE)
 @pytest.mark.parametrize("n", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_mvue_product(name, n):
     for shape in [(1000, 1096, 520), (4097, 516, 512), (17, 64, 64), (8192, 512, 512), *UNEQUAL]:

@@ -54,7 +54,7 @@ def test_the_binary_holds_the_instructions(name, instruction):
 
 
 @pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("name", ["128x256", "256x128", "sparse128x256"])
+@pytest.mark.parametrize("name", ["128x256", "256x128", "sparse128x256", "sparse128x256c2x"])
 def test_every_piece_has_its_own_number_of_blocks(name, split):
     """Triton 3.6 drops the update of a loop-carried value that only bounds an inner loop: with a carried count of blocks every
     piece got the first one's, and pieces of other lengths hung the kernel.
@@ -158,6 +158,16 @@ def test_choice_is_cached_and_plain():
     assert schedule.choose(16384, 512, 512, 132) is first and first.split
     assert not schedule.choose(2048, 4096, 4096, 132).split
     assert schedule.choose(8192, 4096, 4096, 132, True).config.sparse
+
+
+def test_clusters_only_where_many_waves_are_whole():
+    for tokens, rows, columns, cluster in [
+        (16384, 512, 512, 1), (12608, 3072, 768, 1), (2048, 4096, 4096, 1),
+        (8192, 4096, 14336, 2), (8192, 14336, 4096, 2), (16384, 8192, 8192, 2),
+    ]:  # fmt: skip
+        work = schedule.choose(tokens, rows, columns, 132, True)
+        assert work.config.sparse and work.config.cluster == cluster and (cluster == 1 or (work.ctas == 66 and not work.split))
+        assert schedule.choose(tokens, rows, columns, 132).config.cluster == 1
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -44,6 +44,7 @@ def _compiled_side_by_side() -> None:
         return
     from chts_kernels import evolve_triton
     from chts_kernels.ops._batch import compile_all, recording
+    from chts_kernels.ops.score.multiply import hopper
     from chts_kernels.ops.score.triton_score import score_many
 
     with recording() as wanted:
@@ -53,7 +54,7 @@ def _compiled_side_by_side() -> None:
             for w in weights:
                 for mode in ("soft", "hard"):
                     remove(w.values, w.ids, n, mode=mode, impl="triton")
-            for config in ("128x256", "256x128", "128x128", "triton"):
+            for config in ("128x256", "256x128", "128x128", "triton", *(("sparse",) if hopper(torch.device("cuda")) else ())):
                 for digits in (1, 2):
                     score_many(survivors[None], digits=digits, config=config)
             for mode in ("soft", "greedy", "random"):
@@ -208,11 +209,11 @@ def test_compressed_survivors_are_the_survivors(n: int, device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("rows", "columns"), ((512, 1376), (1376, 512), (2048, 128), (260, 900)))
 def test_products_of_compressed_survivors(rows: int, columns: int) -> None:
-    """The same integers as the dense products. (Runs where these products are the default: see ``multiply.SPARSE``.)"""
+    """The same integers as the dense products."""
     from chts_kernels.ops.score import multiply, triton_score
 
-    if not (multiply.SPARSE and multiply.hopper(torch.device("cuda"))):
-        pytest.skip("the products with compressed survivors are not the default here")
+    if not multiply.hopper(torch.device("cuda")):
+        pytest.skip("these products are for compute capability 9.0")
     survivors = torch.stack([survivors_of(random_weight(rows, columns, device="cuda"), zeta) for zeta in (0.1, 0.6)])
     for digits in (1, 2):
         scores = [triton_score.score_many(survivors, digits=digits, config=config) for config in ("sparse", "triton")]
@@ -330,22 +331,38 @@ def test_batches_and_schedules_do_not_show(n: int, device: str) -> None:
         assert results[index].removed is None
 
 
-def test_tile_sizes_do_not_show(device: str) -> None:
+def test_tile_sizes_do_not_show(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from chts_kernels.ops._batch import table
     from chts_kernels.ops.regrow.triton_regrow import regrow_many
     from chts_kernels.ops.remove.triton_remove import remove_many
+    from chts_kernels.ops.score import triton_score
     from chts_kernels.ops.score.triton_score import score_many
 
     w = random_weight(*((1376, 512) if device == "cuda" else (132, 64)), device=device)
     survivors = [remove_many([w.values], [w.ids], 2, 0.2, 2.0, "soft", 1, [2], 3, tile=tile) for tile in (64, 256)]
     assert torch.equal(*survivors)
     scores = score_many(survivors[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(triton_score, "STRIPS_FROM", -1)
+        assert torch.equal(score_many(survivors[0]), scores)
     if device == "cuda":  # Triton's own products too, which is what runs on other devices
         for config in ("128x256", "256x128", "128x128", "triton"):
             assert torch.equal(score_many(survivors[0], config=config), scores), config
     pointers = table([[0], [0], [2]], w.ids.device)
     ids = [regrow_many(scores, survivors[0], 2, "soft", 1, pointers, 3, block=block)[0] for block in (32, 128)]
     assert torch.equal(*ids)
+
+
+@BOTH
+def test_values_may_start_anywhere(n: int, device: str) -> None:
+    """An update works on the tensors themselves, such as parts of a flat buffer."""
+    aligned = random_weight(24, 20, n, device=device)
+    flat = torch.empty(aligned.values.numel() + 1, device=device)
+    values = flat[1:].view(aligned.values.shape).copy_(aligned.values)
+    shifted = SparseWeight(aligned.ids.clone(), values, n)
+    for w in (aligned, shifted):
+        evolve(w, zeta=0.3, step=4, impl="triton")
+    assert torch.equal(aligned.ids, shifted.ids) and torch.equal(aligned.values, values)
 
 
 @BOTH

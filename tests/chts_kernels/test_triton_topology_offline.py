@@ -46,6 +46,9 @@ def requests(monkeypatch: pytest.MonkeyPatch, n: int) -> list[tuple[BatchKernel,
     for digits in (1, 2):
         raw = triton_score.score_raw(survivors, digits=digits)
         triton_score.score_many(survivors, digits=digits)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_score, "STRIPS_FROM", -1)
+            triton_score.score_raw(survivors, digits=digits)
     old_ids, counters = regrow_many(
         raw, survivors, n, "soft", 1, pointers, 1, sizes=(32, 32, 32), in_place=True, refresh=(torch.float32, torch.bfloat16, 1)
     )  # fmt: skip
@@ -118,28 +121,76 @@ def test_the_sparse_hopper_product_multiplies_asynchronously(tmp_path) -> None:
         assert "trap" in ptx  # no wait without an end
 
 
-def test_the_sparse_hopper_walk_covers_every_tile_once() -> None:
-    """``half_tile`` as plain arithmetic, and the number of tiles that the host counts."""
+def whole_tile(t: int, tiles: int) -> tuple[int, int]:
+    """The function of that name in ``sm90_kernel``, in plain arithmetic."""
+    first, height = 0, min(tiles // 2, 8)
+    size = height * (tiles - height)
+    while t >= size:
+        t, first = t - size, first + 8
+        height = min(tiles // 2 - first, 8)
+        size = height * (tiles - 2 * first - height)
+    if t < height * (height + 1):
+        pair = sum(t >= i * (i + 1) for i in range(1, 8))
+        place = t - pair * (pair + 1)
+        row, column = place % (pair + 1), 2 * pair + place // (pair + 1)
+    else:
+        past = t - height * (height + 1)
+        row, column = past % height, 2 * height + past // height
+    return first + row, 2 * first + column + 1
+
+
+def counted_tile(t: int, layers: int, deeper: int, tiles: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Likewise; ``tiles`` of both sides."""
+    sides = (1, 0) if deeper else (0, 1)
+    for half in (False, True):
+        for side in sides:
+            per_layer = (tiles[side] + 1) // 2 if half else tiles[side] ** 2 // 4
+            if t < layers * per_layer:
+                layer, t = divmod(t, per_layer)
+                return (layer, side, t, 2 * t) if half else (layer, side, *whole_tile(t, tiles[side]))
+            t -= layers * per_layer
+    raise AssertionError("no such tile")
+
+
+@pytest.mark.parametrize(
+    ("tiles", "layers"), (((1, 1), 1), ((1, 2), 2), ((4, 4), 3), ((11, 4), 2), ((4, 11), 1), ((32, 32), 1), ((33, 17), 1))
+)
+def test_the_sparse_hopper_walk_covers_every_tile_once(tiles: tuple[int, int], layers: int) -> None:
+    """And no CTA has much more to do than others: tiles with one block below the diagonal take half the time."""
     from chts_kernels.ops.score.sm90_products import half_tiles
 
-    for tiles in range(1, 40):
-        seen = []
-        for t in range(half_tiles(tiles)):
-            first, height = 0, min((tiles + 1) // 2, 8)
-            size = height * (height + 1) + (tiles - 2 * height) * height
-            while t >= size:
-                t, first = t - size, first + 8
-                height = min((tiles + 1) // 2 - first, 8)
-                size = height * (height + 1) + (tiles - 2 * first - 2 * height) * height
-            if t < height * (height + 1):
-                pair = sum(t >= i * (i + 1) for i in range(1, 8))
-                place = t - pair * (pair + 1)
-                row, column = place % (pair + 1), 2 * pair + place // (pair + 1)
-            else:
-                past = t - height * (height + 1)
-                row, column = past % height, 2 * height + past // height
-            seen.append((first + row, 2 * first + column))
-        assert sorted(seen) == [(m, j) for m in range((tiles + 1) // 2) for j in range(2 * m, tiles)]
+    count = layers * sum(half_tiles(size) for size in tiles)
+    deeper = int(tiles[0] > tiles[1])
+    every = [counted_tile(t, layers, deeper, tiles) for t in range(count)]
+    wanted = [(layer, side, m, j) for layer in range(layers) for side, size in enumerate(tiles)
+              for m in range((size + 1) // 2) for j in range(2 * m, size)]  # fmt: skip
+    assert sorted(every) == wanted
+    ctas = min(count, 132)
+    seen, loads = [], []
+    for cta in range(ctas):
+        def place(wave: int, cta: int = cta) -> int:
+            return ctas - 1 - cta if wave % 2 else cta
+
+        waves = count // ctas + (place(count // ctas) < count % ctas)
+        own = [every[wave * ctas + place(wave)] for wave in range(waves)]
+        seen += own
+        loads.append(sum(tiles[1 - side] * (1 if j > 2 * m else 0.5) for _, side, m, j in own))
+    assert sorted(seen) == wanted
+    if count >= 4 * ctas:
+        assert max(loads) < 1.1 * sum(loads) / ctas
+
+
+@pytest.mark.parametrize("tiles", (1, 8, 66, 67, 131, 132, 133, 512, 1376))
+def test_the_last_wave_of_sums_is_cut_in_two(tiles: int) -> None:
+    """``uncut_tile`` of the kernel in plain arithmetic: every warpgroup of every tile once, and no wave more than before."""
+    from chts_kernels.ops.score.sm90_products import parts
+
+    whole, halves = parts(tiles, 132)
+    entries = [(t, part) for t in range(whole) for part in (1, 2)]
+    entries += [(whole + past // 2, 1 + past % 2) for past in range(halves)]
+    assert sorted(entries) == [(t, part) for t in range(tiles) for part in (1, 2)]
+    assert -(-(whole + halves) // 132) == -(-tiles // 132)
+    assert (halves > 0) == (0 < tiles % 132 <= 66)
 
 
 def test_the_hopper_walk_covers_every_tile_once() -> None:

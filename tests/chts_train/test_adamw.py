@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from chts_kernels import SparseWeight, random_ids
+from chts_kernels import Operands, SparseWeight, random_ids
 from chts_kernels.ops import _triton
 from chts_train import FusedAdamW, SparsityConfig, TopologyEvolver, TopologySchedule, sparse_layers, sparsify_
 from chts_train.optim import make_optimizer, parameter_groups
@@ -204,6 +204,24 @@ def test_operands_are_written_and_stay_fresh(device, monkeypatch):
     other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1, device=device))], lr=0.1)
     other.step()  # any other optimizer outdates them
     assert not layers[0]._operands._freshness.holds((layers[0].values, layers[0].ids), dtype)
+
+
+@ON_DEVICES
+@pytest.mark.parametrize("n", (1, 2))
+def test_resident_operands_are_written_by_the_same_launch(n, device, monkeypatch):
+    model = build(device, n)
+    optimizer = FusedAdamW(model.parameters(), model=model, resident_operands=torch.float16, **OPTIONS)
+    count, packs = launches(monkeypatch), []
+    monkeypatch.setattr(Operands, "pack", lambda *_: packs.append(1))
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1, device=device))], lr=0.1).step()  # of no account
+    train(model, optimizer, 2)
+    assert count == [3, 3] and packs == []
+    monkeypatch.undo()
+    for layer in sparse_layers(model).values():
+        layer.require_fresh_operands()
+        expected = SparseWeight(layer.ids, layer.values.detach(), layer.n).operands(torch.float16)
+        for name in ("values", "values_t", "meta", "meta_t"):
+            assert torch.equal(getattr(layer._operands, name), getattr(expected, name)), name
 
 
 @ON_DEVICES

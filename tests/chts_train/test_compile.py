@@ -14,7 +14,7 @@ from torch import nn
 from chts_kernels.layout.metadata import ids_from_metadata
 from chts_kernels.ops import spmm as spmm_package
 from chts_kernels.ops.pack.reference import unpack
-from chts_kernels.ops.weight_grad import WEIGHT_GRAD
+from chts_kernels.ops.weight_grad import WEIGHT_GRAD, WEIGHT_GRAD_MVUE
 from chts_train import SparseLinear, SparsityConfig, TopologyEvolver, TopologySchedule, sparsify_
 from chts_train.models import Llama, LlamaConfig, ViT, ViTConfig
 
@@ -78,8 +78,10 @@ def texts(lengths) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def vit() -> ViT:
+    # Eight classes: where a dense layer's sizes are no multiples of 8, inductor's pass that pads products on CUDA compares the
+    # batch size with them, and its guards can leave a single one.
     torch.manual_seed(0)
-    return ViT(ViTConfig(image_size=8, patch_size=4, in_channels=1, num_classes=3, embed_dim=16, depth=2, num_heads=2))
+    return ViT(ViTConfig(image_size=8, patch_size=4, in_channels=1, num_classes=8, embed_dim=16, depth=2, num_heads=2))
 
 
 def pictures(sizes) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -257,6 +259,11 @@ def test_a_compiled_optimizer_outdates_what_was_derived(kind):
     assert torch.equal(layer.weight.operands(torch.float16).values, layer.values.detach().half())
 
 
+def test_products_say_that_rows_may_be_at_any_distance():
+    for op in (spmm_package.SPMM, spmm_package.INPUT_GRAD, WEIGHT_GRAD, WEIGHT_GRAD_MVUE):
+        assert torch.Tag.needs_fixed_stride_order in op.overload.tags, op.name
+
+
 # --- on a GPU
 
 
@@ -282,6 +289,24 @@ def test_a_layer_captured_by_the_compiler():
         batches = [(torch.randn(64, 128),) for _ in range(6)]
         compare(lambda: Loss(128, 256, 128), batches, "inductor", "cuda", error=0.03, autocast=bf16, dynamic=False,
                 mode="reduce-overhead")  # fmt: skip
+
+
+class Gated(nn.Module):
+    """The inner size is one whose rows Inductor pads in what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(128, 1376), nn.Linear(128, 1376), nn.Linear(1376, 128)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x)).float().square().mean()
+
+
+@pytest.mark.gpu
+def test_products_take_padded_rows_as_they_are():
+    batches = [(torch.randn(256, 128),) for _ in range(4)]
+    with torch._inductor.config.patch(compile_threads=4):
+        compare(Gated, batches, "inductor", "cuda", error=0.1, autocast=bf16, dynamic=False)
 
 
 @pytest.mark.gpu

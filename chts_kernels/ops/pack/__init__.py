@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ... import check
 from ...layout import metadata_shape
 from ...patterns import BLOCK
 from .. import _triton
-from .._library import Op
+from .._library import TENSORS, Op, Route
 from . import reference
 
 PACK = Op(
@@ -21,11 +23,39 @@ UNPACK = Op(
     reference.unpack,
     lambda values, ids, n: values.new_empty(ids.shape[0] * BLOCK, ids.shape[1] * BLOCK),
 )
+
+
+def _kind(
+    values: torch.Tensor, ids: torch.Tensor, n: int, operand: torch.Tensor | None, meta: torch.Tensor, operand_t: torch.Tensor,
+    meta_t: torch.Tensor,
+) -> tuple[Any, ...] | None:  # fmt: skip
+    """What a route depends on; None for what is not on a CUDA device, or would be copied."""
+    if type(n) is not int or type(values) not in TENSORS or values.get_device() < 0:
+        return None
+    kind, addresses = [n], 0
+    for t in (values, ids, operand, meta, operand_t, meta_t):
+        if t is None:
+            kind.append(None)
+        elif type(t) in TENSORS and t.is_contiguous():
+            kind += t.shape, t.dtype, t.get_device()
+            addresses |= t.data_ptr()
+        else:
+            return None
+    return None if addresses % _triton.ALIGNMENT else tuple(kind)
+
+
+def _prepare(values: torch.Tensor, *rest: Any) -> Route | None:
+    from .triton_pack import Packing
+
+    return Packing(values, *rest) if torch._C._cuda_getDevice() == values.get_device() else None
+
+
 PACK_OPERANDS_ = Op(
     "pack_operands_(Tensor values, Tensor ids, int n, Tensor(a!)? operand, Tensor(b!) meta, Tensor(c!) operand_t, "
     "Tensor(d!) meta_t) -> ()",
     reference.pack_operands_,
     lambda *args: None,
+    kind=_kind,
 )
 
 
@@ -40,7 +70,7 @@ def _why_not_compress(source, ids, n) -> str | None:
 
 PACK.kernel("triton", _why_not_compress)(_triton.lazy(f"{__name__}.triton_compress", "pack"))
 UNPACK.kernel("triton", _why_not_compress)(_triton.lazy(f"{__name__}.triton_compress", "unpack"))
-PACK_OPERANDS_.kernel("triton", _why_not_pack_operands)(_triton.lazy(f"{__name__}.triton_pack", "pack_operands_"))
+PACK_OPERANDS_.kernel("triton", _why_not_pack_operands, _prepare)(_triton.lazy(f"{__name__}.triton_pack", "pack_operands_"))
 
 
 def pack(dense: torch.Tensor, ids: torch.Tensor, n: int = 2, *, impl: str = "auto") -> torch.Tensor:
@@ -113,6 +143,9 @@ def pack_operands_(
     Raises:
         ValueError, TypeError: when shapes, dtypes or devices do not fit; the message names the argument.
     """
+    found = PACK_OPERANDS_.route(values, ids, n, operand, meta, operand_t, meta_t, impl=impl)
+    if found is not None:
+        return found(values, ids, n, operand, meta, operand_t, meta_t)
     check.links_per_row(n)
     check.ids(ids)
     check.values_for_ids(values, ids, n)
@@ -129,4 +162,4 @@ def pack_operands_(
     if operand is not None:
         check.floating(operand, "operand", (operand_t.dtype,))
     check.same_device(ids=ids, operand=operand, meta=meta, operand_t=operand_t, meta_t=meta_t)
-    PACK_OPERANDS_(values, ids, n, operand, meta, operand_t, meta_t, impl=impl)
+    return PACK_OPERANDS_(values, ids, n, operand, meta, operand_t, meta_t, impl=impl)

@@ -15,6 +15,7 @@ written (1/8 byte per element and order).
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 import torch
@@ -276,7 +277,7 @@ def lanes() -> tuple[int, int]:
     return (32, 32) if _triton.interpreting() else (4, 8)  # the interpreter pays per program, not per element
 
 
-def pack_operands_(
+def _launch(
     values: torch.Tensor,
     ids: torch.Tensor,
     n: int,
@@ -284,9 +285,9 @@ def pack_operands_(
     meta: torch.Tensor,
     operand_t: torch.Tensor,
     meta_t: torch.Tensor,
-    shape: tuple[int, int] | None = None,
-) -> None:
-    """The reference's function; ``shape`` overrides (LANES_N, LANES_K)."""
+    shape: tuple[int, int] | None,
+) -> tuple[int, tuple[Any, ...], tuple[tuple[str, Any], ...], int]:
+    """The arguments of :meth:`TritonKernel.launch`."""
     block_rows, block_columns = ids.shape
     lanes_n, lanes_k = lanes() if shape is None else shape
     programs, programs_k = tiling(block_rows, block_columns, lanes_n, lanes_k)
@@ -302,4 +303,28 @@ def pack_operands_(
         _triton.readable(values), _triton.readable(ids), block_table(n, ids.device), operand, meta, operand_t, meta_t,
         block_rows, block_columns, programs_k,
     )  # fmt: skip
-    PACK_OPERANDS.launch(programs, arguments, constants, lanes_n * lanes_k // 32)
+    return programs, arguments, constants, lanes_n * lanes_k // 32
+
+
+def pack_operands_(*args: Any, shape: tuple[int, int] | None = None) -> None:
+    """The reference's function; ``shape`` overrides (LANES_N, LANES_K)."""
+    PACK_OPERANDS.launch(*_launch(*args, shape))
+
+
+class Packing:
+    """The route of a packing of contiguous tensors on 16-byte boundaries."""
+
+    __slots__ = ("device", "launch")
+
+    def __init__(self, values: torch.Tensor, *rest: Any) -> None:
+        self.device, self.launch = values.get_device(), PACK_OPERANDS.prepare(*_launch(values, *rest, None))
+
+    def __call__(
+        self, values: torch.Tensor, ids: torch.Tensor, n: int, operand: torch.Tensor | None, meta: torch.Tensor, operand_t: torch.Tensor,
+        meta_t: torch.Tensor,
+    ) -> None:  # fmt: skip
+        launch = self.launch
+        at = launch.values
+        at[0], at[1], at[3] = values.data_ptr(), ids.data_ptr(), 0 if operand is None else operand.data_ptr()
+        at[4], at[5], at[6] = meta.data_ptr(), operand_t.data_ptr(), meta_t.data_ptr()
+        launch.run(torch._C._cuda_getCurrentRawStream(self.device))

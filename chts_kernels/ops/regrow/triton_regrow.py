@@ -161,17 +161,22 @@ def select_kernel(
         links = tl.load(survivors_ptr + base + block, mask=valid, other=0)
         i, j = block // block_columns, block % block_columns
         if RAW:
-            column_ptr = degrees_ptr + rows_padded + j * 4
-            d0, d1 = tl.load(column_ptr, mask=valid, other=0), tl.load(column_ptr + 1, mask=valid, other=0)
-            d2, d3 = tl.load(column_ptr + 2, mask=valid, other=0), tl.load(column_ptr + 3, mask=valid, other=0)
+            column_ptr = (degrees_ptr + rows_padded + j * 4).to(tl.pointer_type(tl.int64))
+            low, high = tl.load(column_ptr, mask=valid, other=0), tl.load(column_ptr + 1, mask=valid, other=0)
+            d0, d1, d2, d3 = low.to(tl.int32), (low >> 32).to(tl.int32), high.to(tl.int32), (high >> 32).to(tl.int32)
         noisy = ()
         plain = ()
         for r in tl.static_range(4):
             group = (i * 4 + r).to(tl.int64) * block_columns + j
             if MODE != RANDOM or STATS:
                 place = scores_ptr + ((i * 4 + r).to(tl.int64) * columns_padded + j * 4 if RAW else group * 4)
-                s0, s1 = tl.load(place, mask=valid, other=0), tl.load(place + 1, mask=valid, other=0)
-                s2, s3 = tl.load(place + 2, mask=valid, other=0), tl.load(place + 3, mask=valid, other=0)
+                if RAW:  # two sums are one word
+                    pair_ptr = place.to(tl.pointer_type(tl.int64))
+                    low, high = tl.load(pair_ptr, mask=valid, other=0), tl.load(pair_ptr + 1, mask=valid, other=0)
+                    s0, s1, s2, s3 = low.to(tl.int32), (low >> 32).to(tl.int32), high.to(tl.int32), (high >> 32).to(tl.int32)
+                else:
+                    s0, s1 = tl.load(place, mask=valid, other=0), tl.load(place + 1, mask=valid, other=0)
+                    s2, s3 = tl.load(place + 2, mask=valid, other=0), tl.load(place + 3, mask=valid, other=0)
                 if RAW:
                     row_degree = tl.load(degrees_ptr + i * 4 + r, mask=valid, other=0)
                     s0 = raw_score(s0, row_degree, d0, links >> 4 * r & 1, origin, unit, QMAX)

@@ -41,7 +41,8 @@ SHORT_LIST = tl.constexpr(512)
 LN2, LOG2_LN2 = tl.constexpr(0.6931471805599453), tl.constexpr(-0.5287663729448977)
 BELOW_ONE = tl.constexpr(1.0 - 2.0**-24)
 TOO_LIKELY = tl.constexpr(0xFFC00000)  # words from here on: U so near 1 that its logarithm is not accurate
-SAMPLE_LINKS = 65536
+SAMPLE_LINKS = 32768
+"""Most links that ``sample`` draws, of matrices of 2**24 links and more twice as many (the best of four at 2**23 and at 2.2e7 links)."""
 TILE = 256
 BLOCKS_PER_THREAD = 2  # of classify
 PROGRAMS = 1056  # of exact, over all layers
@@ -101,12 +102,20 @@ def link_word(words, nibble, slot: tl.constexpr, N_LINKS: tl.constexpr):
 
 
 @triton.jit
-def load_links(links_ptr, valid, N_LINKS: tl.constexpr):
-    """|values| of the links of a group of four columns, which begin at ``links_ptr``: a tuple of float32."""
+def load_links(links_ptr, valid, N_LINKS: tl.constexpr, PAIRED: tl.constexpr):
+    """|values| of the links of a group of four columns, which begin at ``links_ptr``: a tuple of float32. With PAIRED two of them are
+    loaded as one word (loaded as a row of two they would pass through shared memory)."""
+    KIND: tl.constexpr = links_ptr.dtype.element_ty
     if N_LINKS == 1:
         return (tl.abs(tl.load(links_ptr, mask=valid, other=0.0)).to(tl.float32),)
+    elif not PAIRED:
+        first, second = tl.load(links_ptr, mask=valid, other=0.0), tl.load(links_ptr + 1, mask=valid, other=0.0)
+        return tl.abs(first).to(tl.float32), tl.abs(second).to(tl.float32)
     else:
-        first, second = tl.split(tl.load(links_ptr[:, None] + tl.arange(0, 2)[None, :], mask=valid[:, None], other=0.0))
+        BITS: tl.constexpr = KIND.primitive_bitwidth
+        both = tl.load(links_ptr.to(tl.pointer_type(tl.core.get_int_dtype(2 * BITS, True))), mask=valid, other=0)
+        half: tl.constexpr = tl.core.get_int_dtype(BITS, True)
+        first, second = both.to(half).to(KIND, bitcast=True), (both >> BITS).to(half).to(KIND, bitcast=True)
         return tl.abs(first).to(tl.float32), tl.abs(second).to(tl.float32)
 
 
@@ -192,7 +201,7 @@ def sample_kernel(
     table_ptr, state_ptr, mask16_ptr, schedule_ptr, k, inv_temperature, step, key0, key1,
     block_columns, blocks, layers, samples, programs,
     VALUE_TYPE: tl.constexpr, N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, SOFT: tl.constexpr,
-    FROM_DEVICE: tl.constexpr, COMPILED: tl.constexpr, GROUPS: tl.constexpr,
+    FROM_DEVICE: tl.constexpr, COMPILED: tl.constexpr, PAIRED: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     values_ptr = tl.load(table_ptr + b).to(tl.pointer_type(VALUE_TYPE))
@@ -209,7 +218,7 @@ def sample_kernel(
     row, j = block // block_columns * 4 + (number & 3), block % block_columns
     group = row.to(tl.int64) * block_columns + j
     nibble = masks >> ((number & 3) << 2) & 15
-    links_of_group = load_links(values_ptr + group * N_LINKS, valid, N_LINKS)
+    links_of_group = load_links(values_ptr + group * N_LINKS, valid, N_LINKS, PAIRED)
     scale = key_scale(inv_temperature)
     if SOFT:
         words = noise.random_words(group.to(tl.uint32), layer, step, noise.REMOVE, key0, key1)
@@ -240,7 +249,7 @@ def classify_kernel(
     table_ptr, state_ptr, mask16_ptr, survivors_ptr, list_ptr, schedule_ptr, k, inv_temperature, step, key0, key1,
     block_columns, blocks, layers, programs,
     VALUE_TYPE: tl.constexpr, N_LINKS: tl.constexpr, PATTERNS: tl.constexpr, SOFT: tl.constexpr,
-    FROM_DEVICE: tl.constexpr, COMPILED: tl.constexpr, BLOCKS: tl.constexpr,
+    FROM_DEVICE: tl.constexpr, COMPILED: tl.constexpr, PAIRED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     b, program = tl.program_id(0) // programs, tl.program_id(0) % programs
     state_ptr += b.to(tl.int64) * LAYER_WORDS
@@ -268,7 +277,7 @@ def classify_kernel(
     open_ = (masks & 0, masks & 0)
     for r in tl.static_range(4):
         group = first_group + r * block_columns
-        links_of_group = load_links(links_ptr + (block_columns * N_LINKS).to(tl.int64) * r, valid, N_LINKS)
+        links_of_group = load_links(links_ptr + (block_columns * N_LINKS).to(tl.int64) * r, valid, N_LINKS, PAIRED)
         if SOFT:
             words = noise.random_words(group.to(tl.uint32), layer, step, noise.REMOVE, key0, key1)
         new_gone, new_open = (), ()
@@ -350,8 +359,9 @@ def exact_kernel(
             bit = tl.where(slot == 0, nibble & -nibble, nibble & (nibble - 1))
             tl.store(survivors_ptr + block, masks, mask=valid & (rest % N_LINKS == 0) & ((row & 3) == 0))
         else:
-            element = tl.load(list_ptr + offset, mask=valid, other=0).to(tl.int64) & 0xFFFFFFFF
-            row, column = (element // (4 * block_columns)).to(tl.int32), (element % (4 * block_columns)).to(tl.int32)
+            element = tl.load(list_ptr + offset, mask=valid, other=0).to(tl.uint32, bitcast=True)  # 64-bit divisions are slow
+            row = (element // (4 * block_columns).to(tl.uint32)).to(tl.int32)
+            column = (element - row.to(tl.uint32) * (4 * block_columns).to(tl.uint32)).to(tl.int32)
             j = column >> 2
             block = (row >> 2) * block_columns + j
             nibble = block_masks(ids_ptr, mask16_ptr, block, valid, PATTERNS) >> ((row & 3) << 2) & 15
@@ -522,9 +532,12 @@ def remove_many(
     shape = block_columns, blocks, batch
 
     # A larger sample narrows the window: what it costs and what it saves balance at the power 2/3.
-    samples = min(blocks, max(1, min(SAMPLE_LINKS, int(2.35 * links ** (2 / 3))) // (BLOCK * n)))
+    most = SAMPLE_LINKS if links < 1 << 24 else 2 * SAMPLE_LINKS
+    samples = min(blocks, max(1, min(most, int(2.35 * links ** (2 / 3))) // (BLOCK * n)))
     programs = triton.cdiv(samples * 4, GROUPS)
-    cheap = {"COMPILED": not interpreted()}
+    size = values[0].element_size()
+    paired = n == 2 and size <= 4 and all(v.data_ptr() % (2 * size) == 0 for v in values)
+    cheap = {"COMPILED": not interpreted(), "PAIRED": paired}
     SAMPLE(programs * batch, pointers, state, mask16, schedule, *noisy, *shape, samples, programs, **kind, **cheap, GROUPS=GROUPS)
     programs = triton.cdiv(blocks, tile)
     CLASSIFY(
@@ -532,7 +545,7 @@ def remove_many(
         **kind, **cheap, BLOCKS=tile, num_warps=max(1, tile // 32 // BLOCKS_PER_THREAD),
     )  # fmt: skip
     lists = pointers, state, mask16, survivors, listed, entries, schedule
-    for every, most in ((False, min(PROGRAMS, links // 4096)), (True, RESOLVERS)):
+    for every, most in ((False, PROGRAMS), (True, RESOLVERS)):
         programs = max(1, min(most // batch, links // 4096))
         EXACT(programs * batch, *lists, *noisy, *shape, programs, **kind, ALL=every, BLOCKS=128)
     programs = max(1, min(RESOLVERS // batch, links // 16384))

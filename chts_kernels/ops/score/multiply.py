@@ -16,8 +16,9 @@ import triton.language as tl
 from .._batch import BatchKernel, interpreted
 
 TILE = 128
-SPARSE = False
-"""Whether scores on compute capability 9.0 take the products with compressed survivors (wgmma.sp) unless told otherwise."""
+SPARSE = True
+"""Whether scores on compute capability 9.0 take the products with compressed survivors (wgmma.sp) unless told otherwise. Both give the
+same integers; benchmarks/LOG.md has their times by size."""
 
 
 @triton.jit

@@ -29,18 +29,18 @@ from .sm90_ptx import (
 
 
 @gluon.jit
-def half_tile(t, tiles, BAND: gl.constexpr):
-    """Tile t of those 256 x 128 tiles of a symmetric matrix of ``tiles`` x ``tiles`` blocks of 128 that hold a block on or above the
-    diagonal: (row m of 256, column j of 128), j >= 2 m. In bands of BAND rows, column by column, for the sake of L2."""
+def whole_tile(t, tiles, BAND: gl.constexpr):
+    """Tile t of those 256 x 128 tiles of a symmetric matrix of ``tiles`` x ``tiles`` blocks of 128 whose two blocks both lie on or above
+    the diagonal: (row m of 256, column j of 128), j > 2 m. In bands of BAND rows, column by column, for the sake of L2."""
     first = t * 0
-    height = gl.minimum((tiles + 1) // 2, BAND)
-    size = height * (height + 1) + (tiles - 2 * height) * height
+    height = gl.minimum(tiles // 2, BAND)
+    size = height * (tiles - height)
     while t >= size:
         t -= size
         first += BAND
-        height = gl.minimum((tiles + 1) // 2 - first, BAND)
-        size = height * (height + 1) + (tiles - 2 * first - 2 * height) * height
-    # The corner: column c holds c // 2 + 1 rows; beyond it every column holds all.
+        height = gl.minimum(tiles // 2 - first, BAND)
+        size = height * (tiles - 2 * first - height)
+    # The corner: columns 2 c + 1 and 2 c + 2 hold c + 1 rows; beyond it every column holds all.
     pair = first * 0
     for i in gl.static_range(1, BAND):
         pair += (t >= i * (i + 1)).to(gl.int32)
@@ -49,7 +49,38 @@ def half_tile(t, tiles, BAND: gl.constexpr):
     past = t - height * (height + 1)
     row = gl.where(in_corner, place % (pair + 1), past % height)
     column = gl.where(in_corner, 2 * pair + place // (pair + 1), 2 * height + past // height)
-    return first + row, 2 * first + column
+    return first + row, 2 * first + column + 1
+
+
+@gluon.jit
+def counted_tile(t, layers, deeper, tiles_m, tiles_n, BAND: gl.constexpr):
+    """(layer, side, m, n) of tile t of all counts: the longest first, so that the last wave is short. Whole tiles of the side with the
+    longer sums, of the other one, then the tiles (m, 2 m), half of which lies below the diagonal, in the same order."""
+    first_tiles, second_tiles = gl.where(deeper > 0, tiles_n, tiles_m), gl.where(deeper > 0, tiles_m, tiles_n)
+    whole = layers * (first_tiles * first_tiles // 4 + second_tiles * second_tiles // 4)
+    half = t >= whole
+    t = gl.where(half, t - whole, t)
+    of_first = gl.where(half, (first_tiles + 1) // 2, first_tiles * first_tiles // 4)
+    of_second = gl.where(half, (second_tiles + 1) // 2, second_tiles * second_tiles // 4)
+    second = t >= layers * of_first
+    t = gl.where(second, t - layers * of_first, t)
+    per_layer = gl.where(second, of_second, of_first)
+    side = gl.where(second, 1 - deeper, deeper)
+    layer, t = t // per_layer, t % per_layer
+    m, n = whole_tile(gl.where(half, 0, t), gl.where(side > 0, tiles_n, tiles_m), BAND)
+    return layer, side, gl.where(half, t, m), gl.where(half, 2 * t, n)
+
+
+@gluon.jit
+def walk_length(tiles):
+    """Tiles of this CTA: in every wave one, CTAs in order, then in reverse order: who began with a long tile ends with a short one."""
+    waves, rest = tiles // gl.num_programs(0), tiles % gl.num_programs(0)
+    return waves + (wave_place(waves) < rest).to(gl.int32)
+
+
+@gluon.jit
+def wave_place(wave):
+    return gl.where(wave % 2 > 0, gl.num_programs(0) - 1 - gl.program_id(0), gl.program_id(0))
 
 
 @gluon.jit
@@ -61,28 +92,35 @@ def banded_tile(t, tiles_m, tiles_n, BAND: gl.constexpr):
 
 
 @gluon.jit
-def _where(t, per_layer, first_side, tiles_m, tiles_n, COUNTS: gl.constexpr, BAND: gl.constexpr):
-    """(layer, side, row of 256, column of 128) of tile t."""
-    layer, t = t // per_layer, t % per_layer
+def uncut_tile(t, whole):
+    """(tile, part) of entry t: after the ``whole`` first tiles come halves of tiles, a warpgroup's each: 1 the upper one, 2 the lower."""
+    past = gl.maximum(t - whole, 0)
+    return gl.where(t < whole, t, whole + past // 2), gl.where(t < whole, 0, 1 + past % 2)
+
+
+@gluon.jit
+def _where(wave, layers, deeper, whole, tiles_m, tiles_n, COUNTS: gl.constexpr, BAND: gl.constexpr):
+    """(layer, side, row of 256, column of 128) of this CTA's tile of a wave; instead of a side the sums have a part of the tile."""
+    t = wave * gl.num_programs(0) + wave_place(wave)
     if COUNTS:
-        second = (t >= first_side).to(gl.int32)
-        m, n = half_tile(t - second * first_side, gl.where(second > 0, tiles_n, tiles_m), BAND)
+        layer, side, m, n = counted_tile(t, layers, deeper, tiles_m, tiles_n, BAND)
     else:
-        second = t * 0
-        m, n = banded_tile(t, tiles_m, tiles_n, BAND)
-    return layer, second, m, n
+        t, side = uncut_tile(t, whole)
+        layer = t // (tiles_m * tiles_n)
+        m, n = banded_tile(t % (tiles_m * tiles_n), tiles_m, tiles_n, BAND)
+    return layer, side, m, n
 
 
 @gluon.jit
 def _load_partition(a_first, a_rows, b_first, b_rows, a_column, b_column, b_dense, digit_columns, sparse_steps, dense_steps,
-                    tiles_m, tiles_n, per_layer, first_side, tiles, COUNTS: gl.constexpr, DIGITS: gl.constexpr,
+                    tiles_m, tiles_n, layers, deeper, whole, tiles, COUNTS: gl.constexpr, DIGITS: gl.constexpr,
                     STAGES: gl.constexpr, STAGE: gl.constexpr, B_OFFSET: gl.constexpr, RING: gl.constexpr,
                     BARRIERS: gl.constexpr, BAND: gl.constexpr):  # fmt: skip
     if warp_in_group() == 0:
         s = 0
         phase = 1
-        for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-            layer, side, m, n = _where(t, per_layer, first_side, tiles_m, tiles_n, COUNTS, BAND)
+        for wave in range(0, walk_length(tiles)):
+            layer, side, m, n = _where(wave, layers, deeper, whole, tiles_m, tiles_n, COUNTS, BAND)
             if COUNTS:
                 # A: compressed rows of the side; B: rows of the same side, uncompressed
                 rows = gl.where(side > 0, b_rows, a_rows)
@@ -142,8 +180,13 @@ def _advance(s, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _stage_before(s, STAGES: gl.constexpr):
+    return gl.where(s == 0, STAGES - 1, s - 1)
+
+
+@gluon.jit
 def _multiply_partition(meta_ptr, other_meta_ptr, out_ptr, a_rows, b_rows, sparse_steps, dense_steps, out_first, out_layer, out_stride,
-                        rows, columns, tiles_m, tiles_n, per_layer, first_side, tiles, COUNTS: gl.constexpr,
+                        rows, columns, tiles_m, tiles_n, layers, deeper, whole, tiles, COUNTS: gl.constexpr,
                         DIGITS: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr, STAGE: gl.constexpr,
                         B_OFFSET: gl.constexpr, RING: gl.constexpr, BARRIERS: gl.constexpr, BAND: gl.constexpr,
                         GROUP: gl.constexpr):  # fmt: skip
@@ -156,8 +199,8 @@ def _multiply_partition(meta_ptr, other_meta_ptr, out_ptr, a_rows, b_rows, spars
     dense_base = (RING + wg * 16384) // 16 | ((RING + B_OFFSET) // 16 << 16)
     s = 0
     phase = 0
-    for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        layer, side, m, n = _where(t, per_layer, first_side, tiles_m, tiles_n, COUNTS, BAND)
+    for wave in range(0, walk_length(tiles)):
+        layer, side, m, n = _where(wave, layers, deeper, whole, tiles_m, tiles_n, COUNTS, BAND)
         steps = sparse_steps
         source = meta_ptr
         slabs = a_rows // 64
@@ -166,6 +209,13 @@ def _multiply_partition(meta_ptr, other_meta_ptr, out_ptr, a_rows, b_rows, spars
             slabs = gl.where(side > 0, b_rows, a_rows) // 64
             if side > 0:
                 source = other_meta_ptr
+        # A warpgroup whose block lies below the diagonal, or which another CTA computes, leaves the tensor cores to the other one.
+        if COUNTS:
+            size = gl.where(side > 0, tiles_n, tiles_m)
+            needed = (2 * m + wg <= n) & (2 * m + wg < size)
+        else:
+            needed = (side == 0) | (side == 1 + wg)
+        work = gl.where(needed, steps, 0)
         # The last tile may overhang by one warpgroup, whose results nobody stores: any metadata will do, but it must be metadata.
         slab = layer * slabs + gl.minimum(m * 4 + wg * 2, slabs - 2)
         at = slab * steps * 256
@@ -174,7 +224,7 @@ def _multiply_partition(meta_ptr, other_meta_ptr, out_ptr, a_rows, b_rows, spars
             if digit > 0:
                 sums = wait_all(sums, 6)
             now = _words(source, at, 0, steps, lane, GROUP)
-            for step in range(0, steps // GROUP * GROUP, GROUP):
+            for step in range(0, work // GROUP * GROUP, GROUP):
                 ahead = gl.minimum(step + GROUP, gl.maximum(steps - GROUP, 0))  # the last fetch is not needed
                 following = _words(source, at, ahead, steps, lane, GROUP)
                 before = s
@@ -192,7 +242,7 @@ def _multiply_partition(meta_ptr, other_meta_ptr, out_ptr, a_rows, b_rows, spars
                 sums = wait_all(sums, 0)
                 mbar_arrive(BARRIERS + (STAGES + before) * 8, 1)
                 now = following
-            for step in range(steps // GROUP * GROUP, steps):
+            for step in range(work // GROUP * GROUP, work):
                 words = _words(source, at, step, steps, lane, 1)
                 mbar_wait(BARRIERS + s * 8, phase)
                 flag = 0x8000
@@ -202,30 +252,36 @@ def _multiply_partition(meta_ptr, other_meta_ptr, out_ptr, a_rows, b_rows, spars
                 sums = wait_all(sums, 0)
                 mbar_arrive(BARRIERS + (STAGES + s) * 8, 1)
                 s, phase = _advance(s, phase, STAGES)
-            if not COUNTS:
-                # No "before" may be carried round the loop: Triton 3.6 takes two carried values that start equal for one.
+            for _ in range(steps - work):
                 mbar_wait(BARRIERS + s * 8, phase)
-                sums = dense_product(sums, (dense_base + s * AT) | 0x8000, 2, 128)
-                for _ in range(dense_steps - 1):
-                    done = s
-                    s, phase = _advance(s, phase, STAGES)
-                    mbar_wait(BARRIERS + s * 8, phase)
-                    sums = dense_product(sums, (dense_base + s * AT) | 0x8000, 2, 128)
-                    mbar_arrive(BARRIERS + (STAGES + done) * 8, 1)
-                sums = wait_all(sums, 0)
                 mbar_arrive(BARRIERS + (STAGES + s) * 8, 1)
                 s, phase = _advance(s, phase, STAGES)
+            if not COUNTS:
+                work_dense = gl.where(needed, dense_steps, 0)
+                # No stage before may be carried round the loop: Triton 3.6 takes two carried values that start equal for one.
+                for step in range(work_dense):
+                    mbar_wait(BARRIERS + s * 8, phase)
+                    sums = dense_product(sums, (dense_base + s * AT) | 0x8000, 2, 128)
+                    if step > 0:
+                        mbar_arrive(BARRIERS + (STAGES + _stage_before(s, STAGES)) * 8, 1)
+                    s, phase = _advance(s, phase, STAGES)
+                sums = wait_all(sums, 0)
+                if work_dense > 0:
+                    mbar_arrive(BARRIERS + (STAGES + _stage_before(s, STAGES)) * 8, 1)
+                for _ in range(dense_steps - work_dense):
+                    mbar_wait(BARRIERS + s * 8, phase)
+                    mbar_arrive(BARRIERS + (STAGES + s) * 8, 1)
+                    s, phase = _advance(s, phase, STAGES)
         if COUNTS:  # tiles of 128 x 128, those on and above the diagonal only, one after the other
-            size = gl.where(side > 0, tiles_n, tiles_m)
             i = 2 * m + wg
-            valid = gl.where((i <= n) & (i < size), 128, 0)
+            valid = gl.where(needed, 128, 0)
             number = i * size - i * (i - 1) // 2 + n - i + side * (tiles_m * (tiles_m + 1) // 2)
             address = out_ptr.to(gl.int64) + (layer.to(gl.int64) * out_layer + number.to(gl.int64) * 16384) * 2
             for block in gl.static_range(2):
                 sums = store_block(sums, block, address + block * 16384, 256, valid, 128, 2, False)
         else:
             row = m * 256 + wg * 128
-            valid = gl.where(row < rows, columns - n * 128, 0)
+            valid = gl.where((row < rows) & needed, columns - n * 128, 0)
             address = out_ptr.to(gl.int64) + layer.to(gl.int64) * out_layer * 4
             for block in gl.static_range(2):
                 if TRANSPOSED:
@@ -238,7 +294,7 @@ def _multiply_partition(meta_ptr, other_meta_ptr, out_ptr, a_rows, b_rows, spars
 @gluon.jit
 def chts_score_sm90(map0_desc, map1_desc, map2_desc, out_ptr, meta_ptr, other_meta_ptr, a_first, a_rows, b_first, b_rows, a_column,
                     b_column, b_dense, digit_columns, sparse_steps, dense_steps, out_first, out_layer, out_stride, rows, columns,
-                    tiles_m, tiles_n, per_layer, first_side, tiles, COUNTS: gl.constexpr, DIGITS: gl.constexpr,
+                    tiles_m, tiles_n, layers, deeper, whole, tiles, COUNTS: gl.constexpr, DIGITS: gl.constexpr,
                     TRANSPOSED: gl.constexpr, STAGES: gl.constexpr, STAGE: gl.constexpr, B_OFFSET: gl.constexpr,
                     RING: gl.constexpr, BARRIERS: gl.constexpr, BAND: gl.constexpr, GROUP: gl.constexpr,
                     SOURCE: gl.constexpr):  # fmt: skip
@@ -251,9 +307,9 @@ def chts_score_sm90(map0_desc, map1_desc, map2_desc, out_ptr, meta_ptr, other_me
     thread_barrier()
     gl.warp_specialize([
         (_multiply_partition, (meta_ptr, other_meta_ptr, out_ptr, a_rows, b_rows, sparse_steps, dense_steps, out_first, out_layer,
-                               out_stride, rows, columns, tiles_m, tiles_n, per_layer, first_side, tiles, COUNTS, DIGITS,
+                               out_stride, rows, columns, tiles_m, tiles_n, layers, deeper, whole, tiles, COUNTS, DIGITS,
                                TRANSPOSED, STAGES, STAGE, B_OFFSET, RING, BARRIERS, BAND, GROUP)),
         (_load_partition, (a_first, a_rows, b_first, b_rows, a_column, b_column, b_dense, digit_columns, sparse_steps, dense_steps,
-                           tiles_m, tiles_n, per_layer, first_side, tiles, COUNTS, DIGITS, STAGES, STAGE, B_OFFSET, RING,
+                           tiles_m, tiles_n, layers, deeper, whole, tiles, COUNTS, DIGITS, STAGES, STAGE, B_OFFSET, RING,
                            BARRIERS, BAND)),
     ], [4], [40])  # fmt: skip

@@ -20,7 +20,7 @@ BM, BN = 256, 128
 SCALARS = {
     "a_first": "i32", "a_rows": "i32", "b_first": "i32", "b_rows": "i32", "a_column": "i32", "b_column": "i32", "b_dense": "i32",
     "digit_columns": "i32", "sparse_steps": "i32", "dense_steps": "i32", "out_first": "i64", "out_layer": "i64", "out_stride": "i32",
-    "rows": "i32", "columns": "i32", "tiles_m": "i32", "tiles_n": "i32", "per_layer": "i32", "first_side": "i32", "tiles": "i32",
+    "rows": "i32", "columns": "i32", "tiles_m": "i32", "tiles_n": "i32", "layers": "i32", "deeper": "i32", "whole": "i32", "tiles": "i32",
 }  # fmt: skip
 
 def stages(counts: bool) -> tuple[int, int]:
@@ -108,6 +108,13 @@ def half_tiles(tiles: int) -> int:
     return sum(tiles - 2 * m for m in range((tiles + 1) // 2))
 
 
+def parts(tiles: int, multiprocessors: int) -> tuple[int, int]:
+    """(whole tiles, halves of tiles): the last wave is cut in two where that keeps more multiprocessors busy."""
+    rest = tiles % multiprocessors
+    cut = rest if 2 * rest <= multiprocessors else 0
+    return tiles - cut, 2 * cut
+
+
 def _launch(key: tuple, maps: list[TensorMap], pointers: list[torch.Tensor], scalars: dict[str, int]) -> None:
     device = pointers[0].get_device()
     kernel = load(key, device)
@@ -125,7 +132,6 @@ def counts(operands: torch.Tensor, sides: list[tuple[torch.Tensor, torch.Tensor]
     if is_recording():
         record(COMPILER, key)
         return
-    first, second = half_tiles(a // 128), half_tiles(b // 128)
     plain = (digits - 1) * (a + b)
     (row_values, row_meta), (column_values, column_meta) = sides
     maps = [
@@ -137,8 +143,8 @@ def counts(operands: torch.Tensor, sides: list[tuple[torch.Tensor, torch.Tensor]
     _launch(key, maps, [out, row_meta, column_meta], {
         "a_rows": a, "b_first": layers * a, "b_rows": b, "a_column": (plain + a) // 2, "b_column": plain // 2,
         "sparse_steps": b // STEP, "dense_steps": a // STEP, "out_layer": sum(per_side) * 128 * 128,
-        "tiles_m": a // 128, "tiles_n": b // 128, "per_layer": first + second, "first_side": first,
-        "tiles": (first + second) * layers,
+        "tiles_m": a // 128, "tiles_n": b // 128, "layers": layers, "deeper": int(a > b),
+        "tiles": (half_tiles(a // 128) + half_tiles(b // 128)) * layers,
     })  # fmt: skip
 
 
@@ -161,10 +167,11 @@ def sums(operands: torch.Tensor, sides: list[tuple[torch.Tensor, torch.Tensor]],
     rows_a, rows_b = (0, a), (layers * a, b)
     (a_first, _), (b_first, _) = (rows_b, rows_a) if transposed else (rows_a, rows_b)
     tiles_m, tiles_n = -(-m // BM), n // BN
+    whole, halves = parts(tiles_m * tiles_n * layers, multiprocessors(out.get_device()))
     _launch(key, maps, [out, metadata, metadata], {
         "a_first": a_first, "a_rows": m, "b_first": b_first, "b_rows": n,
         "a_column": a // 2 if transposed else 0, "b_column": 0 if transposed else a // 2,
         "b_dense": (plain + a) // 2 if transposed else plain // 2, "digit_columns": (a + b) // 2,
         "sparse_steps": n // STEP, "dense_steps": m // STEP, "out_layer": a * b, "out_stride": b, "rows": m, "columns": n,
-        "tiles_m": tiles_m, "tiles_n": tiles_n, "per_layer": tiles_m * tiles_n, "tiles": tiles_m * tiles_n * layers,
+        "tiles_m": tiles_m, "tiles_n": tiles_n, "layers": layers, "whole": whole, "tiles": whole + halves,
     })  # fmt: skip

@@ -41,18 +41,23 @@ import triton.language as tl
 from ...patterns import BLOCK
 from .._batch import BatchKernel, aligned, interpreted, on_device
 from ..pack.triton_pack import join_four, split_four
+from ..remove.triton_remove import bit_count
 from . import multiply as products
 from .multiply import hopper, multiply, tile_number, triangle
 
 PADDING = 128
 ONE_DIGIT_FROM = 2048
 """Layers with a side of at least this many features use one int8 digit."""
+STRIPS_FROM = 800
+"""Above this number of tiles ``quantise`` of one digit takes a whole one per program, else a strip: fewer programs would leave
+multiprocessors idle."""
 BASE = 64
 QMAX = {1: 127.0, 2: 127.0 * BASE}
 STATE = tl.constexpr(4)
 """int32 words per layer: survivors, bits of the largest W, inverted bits of the smallest W, whether a group of four held more than
 two survivors (which 2:4 operands cannot: the scores are NaN then)."""
 MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it rounds to the nearest integer, in the low bits
+RAISED = tl.constexpr(8388608.0)  # 2**23: the low bits of it and of what is up to 2**23 more are an integer
 ALL_BITS = tl.constexpr(0x7FFFFFFF)  # x ^ this turns the order of non-negative floats round
 STRIP = tl.constexpr(32)  # rows of P that one step of quantise takes
 
@@ -78,7 +83,8 @@ def clamped(level, QMAX: tl.constexpr):
 
 @triton.jit
 def level_of(weight, origin, scale, QMAX: tl.constexpr):
-    """The nearest integer of the fixed-point grid, relative to ``origin``, as the low bits of a float near MAGIC."""
+    """The nearest integer of the fixed-point grid, relative to ``origin``, as the low bits of a float near MAGIC. Rounds like
+    ``quantise`` on the diagonal, where it multiplies by the degree + 1 and the scale, and by 1."""
     return clamped(weight * scale + (MAGIC - origin), QMAX)
 
 
@@ -138,52 +144,54 @@ def weight_range(state_ptr, layer, rows, columns, QMAX: tl.constexpr):
 
 
 @triton.jit
-def ones(x):
-    """Set bits of a 32-bit integer."""
-    x = x - (x >> 1 & 0x55555555)
-    x = (x & 0x33333333) + (x >> 2 & 0x33333333)
-    x = (x & 0x0F0F0F0F) + (x >> 4 & 0x0F0F0F0F)
-    return (x & 0xFF) + (x >> 8 & 0xFF) + (x >> 16 & 0xFF) + (x >> 24 & 0xFF)
-
-
-@triton.jit
 def expand_groups(
     x, row, unit, row_ptr, words, half, values_ptr, metadata_ptr, units, DIGITS: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
-    """Write eight groups of four columns, the nibbles of ``x``, from column ``32 unit`` of a matrix's ``row`` on: as bytes and, with
-    SPARSE, as 2:4 values and metadata. Returns a number that is not zero where a group holds more than two links."""
-    four = tl.arange(0, 4)[None, :]
+    """Write four groups of four columns, the nibbles of ``x``, from column ``16 unit`` of a matrix's ``row`` on: as bytes and, with
+    SPARSE, as 2:4 values and metadata. Returns a number that is not zero where a group holds more than two links.
+
+    A thread writes 16 bytes, its neighbour the next 16. Where a store instruction fills half a sector of 32 bytes, the cache seems to read
+    the sector first: with two halves one after the other the whole kernel took 38 us at 4096 x 4096, so it takes 23."""
     dense = ()
-    for k in tl.static_range(8):
+    for k in tl.static_range(4):
         dense = dense + ((x >> 4 * k & 15) * 0x00204081 & 0x01010101,)
-    place = row_ptr + row.to(tl.int64) * words + unit * 8
-    for h in tl.static_range(2):
-        quad = join_four((dense[4 * h], dense[4 * h + 1], dense[4 * h + 2], dense[4 * h + 3]))
-        at = (place + 4 * h)[:, None] + four
-        if DIGITS == 2:
-            tl.store(at + half, quad)
-        if DIGITS == 1 or not SPARSE:
-            tl.store(at, quad << 6 if DIGITS == 2 else quad)
+    quad = join_four(dense)
+    at = (row_ptr + row.to(tl.int64) * words + unit * 4)[:, None] + tl.arange(0, 4)[None, :]
+    if DIGITS == 2:
+        tl.store(at + half, quad)
+    if DIGITS == 1 or not SPARSE:
+        tl.store(at, quad << 6 if DIGITS == 2 else quad)
     bad = x & 0
     if SPARSE:
         # Bit planes: bit 4 k of x0 ... x3 is column 0 ... 3 of group k. Slots hold columns (0, 1), or (2, 3) where only these hold links,
         # or one of either pair.
-        x0, x1, x2, x3 = x & 0x11111111, x >> 1 & 0x11111111, x >> 2 & 0x11111111, x >> 3 & 0x11111111
+        x0, x1, x2, x3 = x & 0x1111, x >> 1 & 0x1111, x >> 2 & 0x1111, x >> 3 & 0x1111
         low, high = x0 | x1, x2 | x3
-        both, above, below = low & high, high & ~low, 0x11111111 & ~high
+        both, above, below = low & high, high & ~low, 0x1111 & ~high
         bad = both & (x0 & x1 | x2 & x3)
         columns = both & x1 | above << 1 | (below | above | both & x3) << 2 | high << 3
         links = below & x0 | above & x2 | both | (below & x1 | above & x3 | both) << 1
-        pairs = ()
-        for k in tl.static_range(4):  # bits 0, 1, 4, 5 to bytes
-            pairs = pairs + ((links >> 8 * k & 0x33) * 0x00081081 & 0x01010101,)
-        place = values_ptr.to(tl.pointer_type(tl.int32)) + row.to(tl.int64) * (units * 16) + unit * 4
-        tl.store(place[:, None] + four, join_four(pairs))
-        # Lane 4 g + 2 c + h of warp w holds row 16 w + 8 h + g of a slab of 64 rows, columns 32 c on of a k64 step.
+        # bits 0, 1, 4, 5 to bytes
+        pair = tl.join((links & 0x33) * 0x00081081 & 0x01010101, (links >> 8 & 0x33) * 0x00081081 & 0x01010101)
+        place = values_ptr.to(tl.pointer_type(tl.int32)) + row.to(tl.int64) * (units * 16) + unit * 2
+        tl.store(place[:, None] + tl.arange(0, 2)[None, :], pair)
+        # Lane 4 g + 2 c + h of warp w holds row 16 w + 8 h + g of a slab of 64 rows, columns 32 c on of a k64 step; a half word is ours.
         within = row & 63
-        thread = (within >> 4) * 32 + (within & 7) * 4 + (unit & 1) * 2 + (within >> 3 & 1)
-        tl.store(metadata_ptr + (row >> 6) * (units * 256) + (unit >> 1) * 128 + thread, columns)
+        thread = (within >> 4) * 32 + (within & 7) * 4 + (unit >> 1 & 1) * 2 + (within >> 3 & 1)
+        word = (row >> 6) * (units * 256) + (unit >> 2) * 128 + thread
+        tl.store(metadata_ptr.to(tl.pointer_type(tl.int16)) + word.to(tl.int64) * 2 + (unit & 1), columns.to(tl.int16))
     return bad
+
+
+@triton.jit
+def add_degrees(degrees_ptr, counts, first, blocks):
+    """Add the links that eight threads each counted in the rows of 32 blocks, a byte per row, to the degrees; returns their sum."""
+    counts = tl.sum(tl.reshape(counts, (32, 8)), 1)  # at most 128 in a row
+    row = tl.arange(0, 4)[None, :]
+    degree = counts[:, None] >> 8 * row & 0xFF
+    at = first + tl.arange(0, 32)
+    tl.atomic_add(degrees_ptr + at[:, None] * 4 + row, degree, mask=(at < blocks)[:, None] & (row < 4), sem="relaxed")
+    return tl.sum((counts & 0xFF) + (counts >> 8 & 0xFF) + (counts >> 16 & 0xFF) + (counts >> 24 & 0xFF))
 
 
 @triton.jit
@@ -193,11 +201,11 @@ def expand_kernel(
     DIGITS: tl.constexpr, SPARSE: tl.constexpr,
 ):  # fmt: skip
     """Bit masks to the int8 matrices M and M^T (as int32 words of four), compressed with SPARSE; degrees and the number of
-    survivors. A program takes 128 x 128 elements, a thread eight neighbouring blocks along either side."""
+    survivors. A program takes 128 x 128 elements, a thread four neighbouring blocks along either side."""
     pid = tl.program_id(0)
     b = (pid // (row_units * column_units)).to(tl.int64)
     first_i, first_j = pid // column_units % row_units * 32, pid % column_units * 32
-    block, eight = tl.arange(0, 128) // 4, tl.arange(0, 128) % 4
+    block, eighth = tl.arange(0, 256) // 8, tl.arange(0, 256) % 8
     rows_padded, columns_padded = row_units * 128, column_units * 128  # a product: the compiler sees what divides it
     survivors_ptr += b * block_rows * block_columns
     half = (rows_padded + columns_padded) // 4
@@ -212,41 +220,37 @@ def expand_kernel(
         row_metadata_ptr += elements // 32
         column_metadata_ptr += elements // 32
     degrees_ptr += b * (rows_padded + columns_padded)
-    i, j = first_i + block, first_j + eight * 8
-    along, across = (), ()
-    for h in tl.static_range(2):
-        column = (j + 4 * h)[:, None] + tl.arange(0, 4)[None, :]
-        inside = (i < block_rows)[:, None] & (column < block_columns)
-        along += split_four(tl.load(survivors_ptr + i.to(tl.int64)[:, None] * block_columns + column, mask=inside, other=0))
-    down, right = first_i + eight * 8, first_j + block
-    for k in tl.static_range(8):
+    i, j = first_i + block, first_j + eighth * 4
+    column = j[:, None] + tl.arange(0, 4)[None, :]
+    inside = (i < block_rows)[:, None] & (column < block_columns)
+    along = split_four(tl.load(survivors_ptr + i.to(tl.int64)[:, None] * block_columns + column, mask=inside, other=0))
+    down, right = first_i + eighth * 4, first_j + block
+    across = ()
+    for k in tl.static_range(4):
         inside = (down + k < block_rows) & (right < block_columns)
         across += (tl.load(survivors_ptr + (down + k).to(tl.int64) * block_columns + right, mask=inside, other=0),)
-    total = block & 0
+    row_counts = block & 0
+    column_counts = block & 0
     bad = block & 0
     for r in range(4):
         x = along[0] >> 4 * r & 15
-        for k in tl.static_range(1, 8):
+        for k in tl.static_range(1, 4):
             x |= (along[k] >> 4 * r & 15) << 4 * k
         bad |= expand_groups(
-            x, i * 4 + r, first_j // 8 + eight, row_ptr, words, half, row_values_ptr, row_metadata_ptr, column_units, DIGITS, SPARSE
+            x, i * 4 + r, first_j // 4 + eighth, row_ptr, words, half, row_values_ptr, row_metadata_ptr, column_units, DIGITS, SPARSE
         )  # fmt: skip
-        count = ones(x)
-        total += count
-        degree = tl.sum(tl.reshape(count, (32, 4)), 1)
-        at = first_i + tl.arange(0, 32)
-        tl.atomic_add(degrees_ptr + at * 4 + r, degree, mask=at < block_rows, sem="relaxed")
+        row_counts += bit_count(x) << 8 * r
         x = (across[0] >> r & 0x1111) * 0x1248 >> 12 & 15  # bits 0, 4, 8, 12 to a nibble
-        for k in tl.static_range(1, 8):
+        for k in tl.static_range(1, 4):
             x |= ((across[k] >> r & 0x1111) * 0x1248 >> 12 & 15) << 4 * k
         bad |= expand_groups(
-            x, right * 4 + r, first_i // 8 + eight, column_ptr, words, half, column_values_ptr, column_metadata_ptr, row_units,
+            x, right * 4 + r, first_i // 4 + eighth, column_ptr, words, half, column_values_ptr, column_metadata_ptr, row_units,
             DIGITS, SPARSE,
         )  # fmt: skip
-        degree = tl.sum(tl.reshape(ones(x), (32, 4)), 1)
-        at = first_j + tl.arange(0, 32)
-        tl.atomic_add(degrees_ptr + rows_padded + at * 4 + r, degree, mask=at < block_columns, sem="relaxed")
-    tl.atomic_add(state_ptr + b * STATE, tl.sum(total), sem="relaxed")
+        column_counts += bit_count(x) << 8 * r
+    total = add_degrees(degrees_ptr, row_counts, first_i, block_rows)
+    add_degrees(degrees_ptr + rows_padded, column_counts, first_j, block_columns)
+    tl.atomic_add(state_ptr + b * STATE, total, sem="relaxed")
     if SPARSE:  # noqa: SIM102 - a constant for the compiler, and a number of the device
         if tl.max(bad) > 0:
             tl.store(state_ptr + b * STATE + 3, 1)
@@ -265,8 +269,9 @@ def reciprocal(x, COMPILED: tl.constexpr):
 def quantise_kernel(
     counts_ptr, operands_ptr, degrees_ptr, state_ptr, rows, columns, row_units, column_units, layers, items, programs,
     DIGITS: tl.constexpr, QMAX: tl.constexpr, AGAIN: tl.constexpr, COMPILED: tl.constexpr, TILE: tl.constexpr,
+    STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """From the counts P[u, z] of the upper triangles to the digits of W[u, z] and W[z, u], a strip of a tile at a time."""
+    """From the counts P[u, z] of the upper triangles to the digits of W[u, z] and W[z, u], STRIPS strips of a tile at a time."""
     b, item = tl.program_id(0) // programs, tl.program_id(0) % programs
     expected_lowest, expected_highest = expected_range(state_ptr, b, rows, columns)
     lowest, highest = expected_lowest, expected_highest
@@ -281,71 +286,85 @@ def quantise_kernel(
     row_tiles = row_units * (row_units + 1) // 2
     column_tiles = column_units * (column_units + 1) // 2
     while item < items:
-        tile, strip = item // (TILE // STRIP), item % (TILE // STRIP)
+        tile, first_strip = item // (TILE // STRIP // STRIPS), item % (TILE // STRIP // STRIPS) * STRIPS
         on_rows = tile < row_tiles
         tiles, size = tl.where(on_rows, row_units, column_units), tl.where(on_rows, rows, columns)
         tile_u, tile_z = triangle(tl.where(on_rows, tile, tile - row_tiles), tiles)
         number = tile_number(tile_u, tile_z, tiles) + tl.where(on_rows, 0, row_tiles)
-        first_u = tile_u * TILE + strip * STRIP
         group = tl.arange(0, STRIP // 4)
         z = tile_z * TILE + tl.arange(0, TILE)
-        place = counts_ptr + (b.to(tl.int64) * (row_tiles + column_tiles) + number) * (TILE * TILE) + strip * (STRIP * TILE)
+        tile_ptr = counts_ptr + (b.to(tl.int64) * (row_tiles + column_tiles) + number) * (TILE * TILE)
         degree_ptr = degrees_ptr + (b * (row_units + column_units) + tl.where(on_rows, 0, row_units)).to(tl.int64) * TILE
-        degree_z = tl.load(degree_ptr + z).to(tl.float32) + 1.0
+        # Degrees + 1, and 2**23 higher, as P will be: exact integers, whose differences are those of the integers.
+        degree_z = tl.load(degree_ptr + z).to(tl.float32) + (RAISED + 1.0)
         edge = (tile_u == tile_z) | ((tile_z + 1) * TILE > size)
         first_row = tl.where(on_rows, b * rows_padded, layers * rows_padded + b * columns_padded).to(tl.int64)
         out_ptr = operands_ptr + first_row * length + tl.where(on_rows, 0, row_units) * TILE
-        high_word = tl.zeros([STRIP // 4, TILE], tl.int32)
-        low_word = tl.zeros([STRIP // 4, TILE], tl.int32)
-        most = tl.zeros([STRIP // 4, TILE], tl.float32)
-        least = tl.full([STRIP // 4, TILE], 65536.0, tl.float32)
-        for r in tl.static_range(4):
-            local = group * 4 + r
-            u = first_u + local
-            count = tl.load(place + local[:, None] * TILE + tl.arange(0, TILE)[None, :]).to(tl.int32) & 0xFFFF
-            degree_u = tl.load(degree_ptr + u).to(tl.float32) + 1.0
-            common = (count | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # an integer to a float, without a conversion
-            linked = common + tl.minimum(common, 1.0)  # P + B
-            below, left = degree_z[None, :] - common, degree_u[:, None] - common
-            ratio = linked * reciprocal(below * left, COMPILED)  # one reciprocal for both
-            level, back = ratio * left * scale + (MAGIC - origin), ratio * below * scale + (MAGIC - origin)
-            large, small = common, common
-            if edge:  # the diagonal and the padding are not measured, and not held by the range
-                level, back = clamped(level, QMAX), clamped(back, QMAX)
-                real = (u[:, None] != z[None, :]) & (u < size)[:, None] & (z < size)[None, :]
-                large, small = tl.where(real, common, 0.0), tl.where(real, common, 65536.0)
+        most = tl.full([STRIP // 4, TILE], RAISED, tl.float32)
+        least = tl.full([STRIP // 4, TILE], RAISED + 65536.0, tl.float32)
+        for strip in range(STRIPS):
+            first_u = tile_u * TILE + (first_strip + strip) * STRIP
+            place = tile_ptr + (first_strip + strip) * (STRIP * TILE)
+            corner = out_ptr + first_u.to(tl.int64) * length + tile_z * TILE
+            high_word = tl.zeros([STRIP // 4, TILE], tl.int32)
+            low_word = tl.zeros([STRIP // 4, TILE], tl.int32)
+            loaded = ()  # all loads before the first store, which may alias them as far as the compiler knows
+            for r in tl.static_range(4):
+                local = group * 4 + r
+                count = tl.load(place + local[:, None] * TILE + tl.arange(0, TILE)[None, :]).to(tl.int32) & 0xFFFF
+                degree_u = tl.load(degree_ptr + first_u + local).to(tl.float32) + (RAISED + 1.0)
+                # the integer as a float, without a conversion
+                loaded = loaded + (((count | 0x4B000000).to(tl.float32, bitcast=True), degree_u),)
             if not AGAIN:
-                most, least = tl.maximum(most, large), tl.minimum(least, small)
-            # The low bits of MAGIC are zero: what counts from it is in the low bits.
-            level, back = level.to(tl.int32, bitcast=True), back.to(tl.int32, bitcast=True)
-            place_w = out_ptr + u.to(tl.int64)[:, None] * length + z[None, :]
-            if DIGITS == 1:
-                tl.store(place_w, level.to(tl.int8))
-                high_word |= (back & 0xFF) << 8 * r
-            else:
-                high, back_high = level + 32 >> 6, back + 32 >> 6
-                tl.store(place_w, high.to(tl.int8))
-                tl.store(place_w + rows_padded + columns_padded, (level - (high << 6)).to(tl.int8))
-                high_word |= (back_high & 0xFF) << 8 * r
-                low_word |= (back - (back_high << 6) & 0xFF) << 8 * r
+                if edge:  # the diagonal and the padding are not measured
+                    for r in tl.static_range(4):
+                        u = first_u + group * 4 + r
+                        real = (u[:, None] != z[None, :]) & (u < size)[:, None] & (z < size)[None, :]
+                        most = tl.maximum(most, tl.where(real, loaded[r][0], RAISED))
+                        least = tl.minimum(least, tl.where(real, loaded[r][0], RAISED + 65536.0))
+                else:
+                    for r in tl.static_range(4):
+                        most, least = tl.maximum(most, loaded[r][0]), tl.minimum(least, loaded[r][0])
+            for r in tl.static_range(4):
+                raised, degree_u = loaded[r]
+                common = raised - RAISED
+                linked = common + tl.minimum(common, 1.0)  # P + B
+                below, left = degree_z[None, :] - raised, degree_u[:, None] - raised
+                ratio = linked * scale * reciprocal(below * left, COMPILED)  # one reciprocal for both
+                level, back = tl.fma(ratio, left, MAGIC - origin), tl.fma(ratio, below, MAGIC - origin)
+                if edge:  # where the range need not hold them
+                    level, back = clamped(level, QMAX), clamped(back, QMAX)
+                # The low bits of MAGIC are zero: what counts from it is in the low bits.
+                level, back = level.to(tl.int32, bitcast=True), back.to(tl.int32, bitcast=True)
+                place_w = corner + (group * 4 + r)[:, None] * length + tl.arange(0, TILE)[None, :]
+                if DIGITS == 1:
+                    tl.store(place_w, level.to(tl.int8))
+                    high_word |= (back & 0xFF) << 8 * r
+                else:
+                    high, back_high = level + 32 >> 6, back + 32 >> 6
+                    tl.store(place_w, high.to(tl.int8))
+                    tl.store(place_w + rows_padded + columns_padded, (level - (high << 6)).to(tl.int8))
+                    high_word |= (back_high & 0xFF) << 8 * r
+                    low_word |= (back - (back_high << 6) & 0xFF) << 8 * r
+            if tile_u != tile_z:  # four neighbouring columns of Q[z, u] are one word
+                words = length // 4
+                word_ptr = out_ptr.to(tl.pointer_type(tl.int32)) + (tile_z * TILE).to(tl.int64) * words + first_u // 4
+                mirror = word_ptr + tl.arange(0, TILE)[:, None] * words + group[None, :]
+                tl.store(mirror, tl.trans(high_word))
+                if DIGITS == 2:
+                    tl.store(mirror + (rows_padded + columns_padded) // 4, tl.trans(low_word))
         if not AGAIN:  # W rises with P and falls with the degree: the extremes of both bound it
-            of_u = tl.load(degree_ptr + first_u + tl.arange(0, STRIP)).to(tl.float32) + 1.0
-            largest, smallest = tl.max(most), tl.min(least)
-            top = tl.maximum(tl.max(tl.where(z < size, degree_z, 0.0), 0), tl.max(of_u, 0))
-            real_u = first_u + tl.arange(0, STRIP) < size
-            bottom = tl.minimum(tl.min(tl.where(z < size, degree_z, 65537.0), 0), tl.min(tl.where(real_u, of_u, 65537.0), 0))
+            u = tile_u * TILE + first_strip * STRIP + tl.arange(0, STRIP * STRIPS)
+            of_u = tl.load(degree_ptr + u).to(tl.float32) + 1.0
+            of_z = tl.load(degree_ptr + z).to(tl.float32) + 1.0
+            largest, smallest = tl.max(most) - RAISED, tl.min(least) - RAISED
+            top = tl.maximum(tl.max(tl.where(z < size, of_z, 0.0), 0), tl.max(of_u, 0))
+            bottom = tl.minimum(tl.min(tl.where(z < size, of_z, 65537.0), 0), tl.min(tl.where(u < size, of_u, 65537.0), 0))
             highest = tl.where(largest > 0.0, (largest + 1.0) / tl.maximum(bottom - largest, 1.0), 0.0)
             lowest = tl.where(smallest > 0.0, (smallest + 1.0) / (top - smallest), 0.0)
             lowest = tl.where(smallest <= largest, lowest, 3.0e38)  # not one pair
             tl.atomic_max(state_ptr + b * STATE + 1, highest.to(tl.int32, bitcast=True), sem="relaxed")
             tl.atomic_max(state_ptr + b * STATE + 2, lowest.to(tl.int32, bitcast=True) ^ ALL_BITS, sem="relaxed")
-        if tile_u != tile_z:  # four neighbouring columns of Q[z, u] are one word
-            words = length // 4
-            word_ptr = out_ptr.to(tl.pointer_type(tl.int32)) + first_u // 4
-            mirror = word_ptr + z.to(tl.int64)[:, None] * words + group[None, :]
-            tl.store(mirror, tl.trans(high_word))
-            if DIGITS == 2:
-                tl.store(mirror + (rows_padded + columns_padded) // 4, tl.trans(low_word))
         item += programs
 
 
@@ -370,8 +389,11 @@ def finish_kernel(
     tl.store(scores_ptr + row_number.to(tl.int64) * columns + v, score, mask=inside)
 
 
-EXPAND = BatchKernel(expand_kernel, 4)
-QUANTISE = BatchKernel(quantise_kernel, 8, maxnreg=80)
+EXPAND = BatchKernel(expand_kernel, 8)
+QUANTISE = {  # by digits and strips: as many registers as keep from spilling
+    key: BatchKernel(quantise_kernel, 8, maxnreg=registers)
+    for key, registers in {(1, 1): 80, (1, 4): 96, (2, 1): 80, (2, 4): 128}.items()
+}
 FINISH = BatchKernel(finish_kernel, 4)
 
 
@@ -407,6 +429,12 @@ def mirrored(a: int, b: int, digits: int) -> bool:
 def count_bytes(a: int, b: int) -> int:
     """Bytes of the upper triangles of both sides' P."""
     return sum(s // PADDING * (s // PADDING + 1) // 2 * PADDING * PADDING * 2 for s in (a, b))
+
+
+def strips_for(rows: int, columns: int, layers: int, digits: int) -> int:
+    """Strips of a tile that a program of ``quantise`` takes."""
+    tiles = count_bytes(padded(rows), padded(columns)) // (2 * PADDING * PADDING)
+    return 4 if digits == 1 and tiles * layers > STRIPS_FROM else 1
 
 
 def workspace_bytes(rows: int, columns: int) -> int:
@@ -455,11 +483,11 @@ def score_raw(survivors: torch.Tensor, *, digits: int | None = None, config: str
         multiply(operands, counts, layers, side=(0, a, a + plain), depth=b, out=(0, area, PADDING), tiles=(a, a), **counted)
         first, side = count_bytes(a, 0) // 2, (layers * a, b, plain)
         multiply(operands, counts, layers, side=side, depth=a, out=(first, area, PADDING), tiles=(b, b), **counted)
-    items = count_bytes(a, b) // (2 * PADDING * STRIP.value)
-    for again, programs in ((False, items), (True, min(items, max(1, 132 // layers)))):
-        QUANTISE(
-            programs * layers, counts, operands, degrees, state, rows, columns, *units, layers, items, programs,
-            DIGITS=digits, QMAX=QMAX[digits], AGAIN=again, COMPILED=not interpreted(), TILE=PADDING,
+    tiles, few = count_bytes(a, b) // (2 * PADDING * PADDING), strips_for(rows, columns, layers, digits)
+    for again, strips, programs in ((False, few, tiles * (4 // few)), (True, 4, min(tiles, max(1, 132 // layers)))):
+        QUANTISE[digits, strips](
+            programs * layers, counts, operands, degrees, state, rows, columns, *units, layers, tiles * (4 // strips), programs,
+            DIGITS=digits, QMAX=QMAX[digits], AGAIN=again, COMPILED=not interpreted(), TILE=PADDING, STRIPS=strips,
         )  # fmt: skip
     if sparse:
         sm90_products().sums(operands, sides, sums, layers, a, b, digits, mirrored(a, b, digits))

@@ -24,12 +24,14 @@ SPMM = Op(
     reference.spmm,
     lambda x, values, ids, n, bias, operand, meta: x.new_empty(x.shape[0], ids.shape[0] * BLOCK),
     selects_by=lambda x, *_: (x.get_device(), x.dtype),
+    any_rows=True,
 )
 INPUT_GRAD = Op(
     "input_grad(Tensor dy, Tensor values, Tensor ids, int n, Tensor? operand_t, Tensor? meta_t) -> Tensor",
     reference.input_grad,
     lambda dy, values, ids, n, operand_t, meta_t: dy.new_empty(dy.shape[0], ids.shape[1] * BLOCK),
     selects_by=lambda dy, *_: (dy.get_device(), dy.dtype),
+    any_rows=True,
 )
 
 
@@ -104,39 +106,52 @@ def forward(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None, impl: s
     return SPMM(x, w.values, w.ids, w.n, bias, operand, meta, impl=impl)
 
 
-def backward_input(dy: torch.Tensor, w: SparseWeight, impl: str) -> torch.Tensor:
-    """[..., N] to [..., K], not differentiable."""
+def backward_input(dy: torch.Tensor, w: SparseWeight, impl: str, stamp: object | None = None) -> torch.Tensor:
+    """[..., N] to [..., K], not differentiable; ``stamp``: of the operands in the forward pass (:meth:`SparseWeight.operands`)."""
     found = route.find(dy, w, None, impl, True)
     if found is not None:
-        return found.product(dy, w, None)
+        return found.product(dy, w, None, stamp)
     rows, columns = w.shape
     tokens = dy if dy.dim() == 2 else dy.reshape(-1, rows)
-    _, _, operand_t, meta_t = _operands(tokens, w, impl)
+    _, _, operand_t, meta_t = _operands(tokens, w, impl, stamp)
     dx = INPUT_GRAD(tokens, w.values, w.ids, w.n, operand_t, meta_t, impl=impl)
     if operand_t is not None and INPUT_GRAD.select(impl, tokens) is _input_grad_wgmma_sp:
         route.add(dy, w, None, impl, True)
     return dx if dy.dim() == 2 else dx.view(*dy.shape[:-1], columns)
 
 
-def _operands(x: torch.Tensor, w: SparseWeight, impl: str) -> tuple[torch.Tensor | None, ...]:
+def _operands(x: torch.Tensor, w: SparseWeight, impl: str, stamp: object | None = None) -> tuple[torch.Tensor | None, ...]:
     """The weight's operands in x's dtype when a kernel is going to read them.
 
-    A compiled graph cannot look at version counters: there it packs every time (:func:`packed_in_graph`).
+    A compiled graph cannot look at version counters: there it packs every time (:func:`packed_in_graph`), but for resident ones.
     """
-    if torch.compiler.is_compiling() or not _reads_operands(x, impl):
+    if not _reads_operands(x, impl):
         return None, None, None, None
+    if torch.compiler.is_compiling():
+        return _resident(x, w) or (None, None, None, None)
     if not target.has_sparse_tensor_core_kernel(x.get_device()):
         return None, None, None, None
-    fresh = w.operands(x.dtype)
+    fresh = w.operands(x.dtype) if stamp is None else w.operands(x.dtype, stamp)
     return fresh.values, fresh.meta, fresh.values_t, fresh.meta_t
 
 
 def packed_in_graph(x: torch.Tensor, w: SparseWeight, impl: str) -> tuple[torch.Tensor, ...]:
-    """In a compiled graph: the weight's operands, packed by the graph, for both passes; outside, and where no kernel reads them or
-    none may be kept until the backward pass: nothing."""
+    """In a compiled graph: the weight's operands, resident or packed by the graph, for both passes; outside, and where no kernel reads
+    them or none may be kept until the backward pass: nothing."""
     if not torch.compiler.is_compiling() or not _reads_operands(x, impl) or type(w) is not _late_imports()[2]:
         return ()
-    return _packed(w.values, w.ids, w.n, x.dtype)
+    return _resident(x, w) or _packed(w.values, w.ids, w.n, x.dtype)
+
+
+def _resident(x: torch.Tensor, w: SparseWeight) -> tuple[torch.Tensor, ...]:
+    """In a compiled graph: the operands that the writers of the weight keep up to date, inputs of the graph; an exported program is of
+    values that nobody here writes, and packs."""
+    kept = w._operands
+    # The flag itself: traced by torch 2.11, is_exporting() is True under torch.compile, too.
+    exporting = getattr(torch.compiler, "_is_exporting_flag", False)
+    if not kept.resident or kept.owner is not w.values or kept.values_t.dtype != x.dtype or exporting:
+        return ()
+    return kept.values, kept.meta, kept.values_t, kept.meta_t
 
 
 def _reads_operands(x: torch.Tensor, impl: str) -> bool:

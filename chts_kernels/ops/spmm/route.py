@@ -1,30 +1,21 @@
-"""The short way of an eager product: what shapes, dtypes and devices decide is decided once and looked up afterwards.
-
-A call that went the long way (checks, choice of the implementation, plan) leaves a route; the next call of its kind takes it: look-up,
-freshness of the operands, output, launch. Host time is what small layers cost, and it is Python's: every line here was counted.
-"""
+"""The short way of an eager product: :mod:`chts_kernels.ops._library`'s routes, for calls that bring a weight instead of operands."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.autograd import profiler
 
 from ...patterns import BLOCK
+from .._library import ROUTES_LIMIT, TENSORS, empty, unwatched
 
 if TYPE_CHECKING:
     from ...format import SparseWeight
     from .sm90_launch import Plan
 
-LIMIT = 4096
 _ROUTES: dict[tuple[Any, ...], Route] = {}
-_TENSORS = (torch.Tensor, torch.nn.Parameter)  # not their subclasses, which may keep their data elsewhere
 _Tensor = torch.Tensor
-_is_compiling, _is_autocast_enabled = torch.compiler.is_compiling, torch.is_autocast_enabled
-_dispatch_modes, _transforms = torch._C._len_torch_dispatch_stack, torch._C._are_functorch_transforms_active
-# The allocation of torch's own compiler: on the current device, without the dispatcher, half the time of `torch.empty`.
-_empty_strided_cuda = getattr(getattr(torch._C._dynamo, "guards", None), "_empty_strided_cuda", None)
+_is_autocast_enabled = torch.is_autocast_enabled
 
 
 class Route:
@@ -40,18 +31,16 @@ class Route:
             step *= size
         self.strides = tuple(reversed(strides))
 
-    def product(self, x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None) -> torch.Tensor:
-        """``x W^T + bias``, or ``x W`` of a transposed route, of tensors that :func:`find` found it for."""
-        operands = w.operands(self.dtype)
+    def product(self, x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None, stamp: object | None = None) -> torch.Tensor:
+        """``x W^T + bias``, or ``x W`` of a transposed route, of tensors that :func:`find` found it for; ``stamp``: as in
+        :meth:`SparseWeight.operands`."""
+        operands = w.operands(self.dtype, stamp)
         operand, meta = (operands.values_t, operands.meta_t) if self.transposed else (operands.values, operands.meta)
         operand_at = operand.data_ptr()
         if operand_at & 15:  # values that are their own operand and begin anywhere: a slice of a flat buffer
             operand = operand.clone()
             operand_at = operand.data_ptr()
-        if _empty_strided_cuda is None or torch.are_deterministic_algorithms_enabled():
-            y = x.new_empty(self.shape)
-        else:
-            y = _empty_strided_cuda(self.shape, self.strides, self.dtype)
+        y = empty(self.shape, self.strides, self.dtype)
         self.plan.run(operand_at, x.data_ptr(), y.data_ptr(), meta.data_ptr(), 0 if bias is None else bias.data_ptr(),
                       torch._C._cuda_getCurrentRawStream(self.device))
         return y
@@ -69,15 +58,15 @@ def find(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None, impl: str,
 
     Args: any; only ``w`` must be a SparseWeight.
     """
-    if _is_compiling() or type(x) is not _Tensor or not (bias is None or isinstance(bias, _Tensor)):
+    if not unwatched() or type(x) is not _Tensor or not (bias is None or isinstance(bias, _Tensor)):
         return None
     route = _ROUTES.get(_key(x, w, bias, impl, transposed))
     if route is None:
         return None
     values, device = w.values, route.device
     if (
-        not x.is_contiguous() or x.data_ptr() & 15 or type(values) not in _TENSORS or values.get_device() != device
-        or torch._C._cuda_getDevice() != device or _dispatch_modes() or _transforms() or profiler._is_profiler_enabled
+        not x.is_contiguous() or x.data_ptr() & 15 or type(values) not in TENSORS or values.get_device() != device
+        or torch._C._cuda_getDevice() != device
         or (_is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") != route.dtype)
     ):  # fmt: skip
         return None
@@ -94,11 +83,11 @@ def add(x: torch.Tensor, w: SparseWeight, bias: torch.Tensor | None, impl: str, 
     rows, columns = (w.ids.shape[d] * BLOCK for d in ((1, 0) if transposed else (0, 1)))
     if columns % 16 or rows % 8 or x.numel() == 0:
         return
-    if bias is not None and not (type(bias) in _TENSORS and bias.dtype in (x.dtype, torch.float32) and bias.is_contiguous()):
+    if bias is not None and not (type(bias) in TENSORS and bias.dtype in (x.dtype, torch.float32) and bias.is_contiguous()):
         return
     tokens, device = x.numel() // columns, x.get_device()
     bias_dtype = None if bias is None else bias.dtype
     ready = plan(tokens, rows, columns, x.dtype, bias_dtype, device, (columns, 2 * columns, 2 * rows), None)
-    if len(_ROUTES) >= LIMIT:
+    if len(_ROUTES) >= ROUTES_LIMIT:
         _ROUTES.clear()
     _ROUTES[_key(x, w, bias, impl, transposed)] = Route(ready, (*x.shape[:-1], rows), x.dtype, device, transposed)

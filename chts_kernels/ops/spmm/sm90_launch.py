@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ...cuda_driver import Kernel, Launch, TensorMap, parameters
+from ...cuda_driver import Kernel, Launch, TensorMaps, parameters
 from .sm90_config import RESERVED, SHARED_LIMIT, Sm90Config, why_illegal
 
 NAME = "chts_spmm_sm90"
@@ -115,11 +115,7 @@ class Plan:
         device: CUDA device index.
         row_bytes: bytes from row to row of values, x and y.
         config: the tile configuration.
-
-    A map is encoded once per address and kept; at `maps_limit` of them an operand's cache starts over.
     """
-
-    maps_limit = 256
 
     def __init__(self, tokens: int, out_features: int, in_features: int, dtype: torch.dtype, bias: torch.dtype | None, device: int,
                  row_bytes: tuple[int, int, int], config: Sm90Config) -> None:
@@ -132,17 +128,9 @@ class Plan:
         self.call = Launch(load(config, dtype, bias, device), grid, fixed, overlap)
         w_bytes, x_bytes, y_bytes = row_bytes
         # a box is as wide as its swizzle: 64 bytes of W, 128 of X and Y
-        self.shapes = ((out_features, in_features // 2, w_bytes, (config.bm, 32), 64),
-                       (tokens, in_features, x_bytes, (config.bn // config.cluster, 64), 128),
-                       (tokens, out_features, y_bytes, (config.store_tokens, 64), 128))
-        self.maps: tuple[dict[int, TensorMap], ...] = ({}, {}, {})
-
-    def _encode(self, operand: int, address: int) -> TensorMap:
-        maps = self.maps[operand]
-        if len(maps) >= self.maps_limit:
-            maps.clear()
-        found = maps[address] = TensorMap(address, *self.shapes[operand])
-        return found
+        self.maps = (TensorMaps(out_features, in_features // 2, w_bytes, (config.bm, 32), 64),
+                     TensorMaps(tokens, in_features, x_bytes, (config.bn // config.cluster, 64), 128),
+                     TensorMaps(tokens, out_features, y_bytes, (config.store_tokens, 64), 128))
 
     def run(self, values: int, x: int, y: int, meta: int, bias: int, stream: int) -> None:
         """Launch: device addresses (values, x and y 16-byte aligned; bias 0 for none) and the raw stream."""
@@ -150,9 +138,7 @@ class Plan:
         call = self.call
         pointers, scalars = call.pointers, call.values
         # Held by name until the launch: another thread may empty a cache meanwhile.
-        w_map = w_maps.get(values) or self._encode(0, values)
-        x_map = x_maps.get(x) or self._encode(1, x)
-        y_map = y_maps.get(y) or self._encode(2, y)
+        w_map, x_map, y_map = w_maps[values], x_maps[x], y_maps[y]
         pointers[PARAM_W], pointers[PARAM_X], pointers[PARAM_Y] = w_map.address, x_map.address, y_map.address
         scalars[PARAM_META] = meta
         scalars[PARAM_BIAS] = bias

@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
 from ... import check, target
 from ...patterns import BLOCK
-from .._library import Op
+from .._library import Op, Route
 from . import mvue, reference
 from .estimator import Mvue24, check_counter
+
+__all__ = ["WEIGHT_GRAD", "WEIGHT_GRAD_MVUE", "Mvue24", "weight_grad", "weight_grad_mvue"]
+
+_Tensor = torch.Tensor
+
+
+def _kind(dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype) -> tuple[Any, ...] | None:
+    """What a route depends on; None for what is not on a CUDA device, or would be copied."""
+    if type(dy) is not _Tensor or type(x) is not _Tensor or type(ids) is not _Tensor or type(n) is not int:
+        return None
+    device = dy.get_device()
+    if (
+        device < 0 or not (dy.is_contiguous() and x.is_contiguous() and ids.is_contiguous())
+        or (dy.data_ptr() | x.data_ptr()) % 16
+    ):  # fmt: skip
+        return None
+    return dy.shape, dy.dtype, device, x.shape, x.dtype, x.get_device(), ids.shape, ids.dtype, ids.get_device(), n, out_dtype
+
+
+def _kind_mvue(
+    dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype, seed: int, layer: int, step: int,
+    counter: torch.Tensor | None,
+) -> tuple[Any, ...] | None:  # fmt: skip
+    for word, bits in ((seed, 63), (layer, 32), (step, 32)):
+        if type(word) is not int or word < 0 or word >> bits:
+            return None
+    kind = _kind(dy, x, ids, n, out_dtype)
+    if kind is None or counter is None:
+        return kind
+    if type(counter) is not _Tensor:
+        return None
+    return *kind, counter.dtype, counter.numel(), counter.get_device()
+
 
 WEIGHT_GRAD = Op(
     "weight_grad(Tensor dy, Tensor x, Tensor ids, int n, ScalarType out_dtype) -> Tensor",
     reference.weight_grad,
     lambda dy, x, ids, n, out_dtype: dy.new_empty(ids.shape[0] * BLOCK, ids.shape[1] * n, dtype=out_dtype),
     selects_by=lambda dy, x, ids, n, out_dtype: (dy.get_device(), dy.dtype, out_dtype),
+    kind=_kind,
+    any_rows=True,
 )
-
-
-__all__ = ["WEIGHT_GRAD", "WEIGHT_GRAD_MVUE", "Mvue24", "weight_grad", "weight_grad_mvue"]
 
 # The noise is drawn for (seed, layer, step + counter); counter lives on the device, where a captured graph reads it anew.
 WEIGHT_GRAD_MVUE = Op(
@@ -29,6 +62,8 @@ WEIGHT_GRAD_MVUE = Op(
     mvue.weight_grad_mvue,
     lambda dy, x, ids, n, out_dtype, *_: dy.new_empty(ids.shape[0] * BLOCK, ids.shape[1] * n, dtype=out_dtype),
     selects_by=lambda dy, x, ids, n, out_dtype, *_: (dy.get_device(), dy.dtype, out_dtype),
+    kind=_kind_mvue,
+    any_rows=True,
 )
 
 
@@ -43,8 +78,20 @@ def _why_not(
     return reason
 
 
+def _prepare(*args: Any) -> Route | None:
+    from .sm90_wgmma import Gradient
+
+    return Gradient.prepare(*args)
+
+
+def _prepare_mvue(*args: Any) -> Route | None:
+    from .sm90_mvue import Estimate
+
+    return Estimate.prepare(*args)
+
+
 # One name for a family's kernels of all three passes, although this one multiplies densely.
-@WEIGHT_GRAD.kernel("wgmma_sp", functools.partial(_why_not, "wgmma_sp"))
+@WEIGHT_GRAD.kernel("wgmma_sp", functools.partial(_why_not, "wgmma_sp"), _prepare)
 def _weight_grad_wgmma(
     dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype
 ) -> torch.Tensor:
@@ -53,7 +100,7 @@ def _weight_grad_wgmma(
     return weight_grad_sm90(dy, x, ids, n, out_dtype=out_dtype)
 
 
-@WEIGHT_GRAD_MVUE.kernel("wgmma_sp", functools.partial(_why_not, "wgmma_sp"))
+@WEIGHT_GRAD_MVUE.kernel("wgmma_sp", functools.partial(_why_not, "wgmma_sp"), _prepare_mvue)
 def _weight_grad_mvue_wgmma_sp(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -122,6 +169,10 @@ def weight_grad(
     Raises:
         ValueError, TypeError: when an argument does not fit; the message names it.
     """
+    arguments = dy, x, ids, n, getattr(dy, "dtype", None) if out_dtype is None else out_dtype
+    found = WEIGHT_GRAD.route(*arguments, impl=impl)
+    if found is not None:
+        return found(*arguments)
     sizes = _checked(dy, x, ids, n, out_dtype)
     return WEIGHT_GRAD(dy.reshape(-1, sizes[0]), x.reshape(-1, sizes[1]), ids, n, out_dtype or dy.dtype, impl=impl)
 
@@ -157,6 +208,10 @@ def weight_grad_mvue(
     Raises:
         ValueError, TypeError: when an argument does not fit; the message names it.
     """
+    arguments = dy, x, ids, n, getattr(dy, "dtype", None) if out_dtype is None else out_dtype, seed, layer, step, counter
+    found = WEIGHT_GRAD_MVUE.route(*arguments, impl=impl)
+    if found is not None:
+        return found(*arguments)
     sizes = _checked(dy, x, ids, n, out_dtype)
     check.floating(dy, "dy", tuple(mvue.DTYPES))
     check.unsigned(seed, "seed", 63)

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import itertools
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from ... import cuda_driver
 from ...lasting import lasting, to_device
 from ...patterns import pattern_table
+from .._library import empty
 from ..spmm.sm90_config import RESERVED
 from .sm90_config import STEP, DwConfig, why_illegal
 from .sm90_schedule import COUNTERS, Work, table
@@ -182,9 +182,8 @@ _COUNTERS: dict[int, _Counters] = {}
 _CAPTURED: set[torch.Tensor] = set()  # lists of pieces that captured graphs read (tensors hash by identity)
 
 
-def counters(device: int, stream: int) -> tuple[int, torch.Tensor | None]:
+def counters(device: int, stream: int, capturing: bool) -> tuple[int, torch.Tensor | None]:
     """Address of zeroed counters for one call, and the tensor that holds them when they are its own."""
-    capturing = torch.cuda.is_current_stream_capturing()
     if not capturing and device not in _COUNTERS:
         _COUNTERS[device] = _Counters(device)
     pool = _COUNTERS.get(device)
@@ -207,49 +206,57 @@ def _lists(tiles_m: int, tiles_n: int, blocks: int, work: Work, device: int) -> 
     return lists, 4 * starts.size, slots
 
 
-_MAPS: dict[tuple[int, ...], cuda_driver.TensorMap] = {}
+class Plan:
+    """One problem on one device, everything that does not change from call to call worked out: lists, kernel, grid, tensor maps.
 
+    Args:
+        tokens, rows, columns: T, N, K.
+        n, dtype, out_dtype, accumulate: as in :class:`Variant`.
+        device: CUDA device index, the current one.
+        work: the division of the problem.
+        row_bytes: bytes from row to row of dy (of a sparse configuration: of nothing, its compressed dy is contiguous) and of x.
 
-def tensor_map(pointer: int, rows: int, columns: int, row_bytes: int, box: tuple[int, int]) -> cuda_driver.TensorMap:
-    """Cached; a row of the box is as long as its swizzle. Hold it until the launch: the cache starts over when full."""
-    key = (pointer, rows, columns, row_bytes, *box)
-    found = _MAPS.get(key)
-    if found is None:
-        if len(_MAPS) >= 4096:
-            _MAPS.clear()
-        found = _MAPS[key] = cuda_driver.TensorMap(pointer, rows, columns, row_bytes, box, box[1] * 2)
-    return found
+    Raises:
+        RuntimeError: in a capture, when the lists are not on the device yet.
+    """
 
+    def __init__(
+        self, tokens: int, rows: int, columns: int, n: int, dtype: torch.dtype, out_dtype: torch.dtype, accumulate: bool, device: int,
+        work: Work, row_bytes: tuple[int, int],
+    ) -> None:  # fmt: skip
+        config = work.config
+        blocks = -(-tokens // STEP)
+        self.lists, pieces_offset, slots = _lists(-(-rows // config.rows), -(-columns // config.columns), blocks, work, device)
+        split = slots > 0
+        kernel = load(Variant(config, split, n, dtype, out_dtype, accumulate, columns % 8 == 0), device)
+        lists_at = self.lists.data_ptr()
+        fixed = (
+            (PARAM_LUT, _selectors(n, device).data_ptr()), (PARAM_ROWS, rows // 4), (PARAM_COLUMNS, columns // 4),
+            (PARAM_STARTS, lists_at), (PARAM_PIECES, lists_at + pieces_offset), *([(PARAM_STEPS, blocks)] if config.sparse else []),
+        )  # fmt: skip
+        self.launch = (CooperativeLaunch if split else cuda_driver.Launch)(kernel, work.ctas * config.cluster, fixed)
+        self.device, self.partials = device, slots * config.rows * config.columns * n // 4
+        # a row of the box is as long as its swizzle
+        left = (rows, 32 * blocks, 64 * blocks, (128, 32), 64) if config.sparse else (tokens, rows, row_bytes[0], (STEP, 64), 128)
+        self.maps = cuda_driver.TensorMaps(*left), cuda_driver.TensorMaps(tokens, columns, row_bytes[1], (STEP, 64), 128)
 
-@functools.lru_cache(maxsize=4096)
-def plan(
-    tokens: int, rows: int, columns: int, n: int, dtype: torch.dtype, out_dtype: torch.dtype, accumulate: bool, device: int, work: Work
-) -> Callable[..., None]:
-    """A function (left map, x map, ids, out, stream, extra) that launches one problem: tensor maps, addresses, and the address of the
-    metadata (sparse) or of the stamps."""
-    config = work.config
-    blocks = -(-tokens // STEP)
-    lists, pieces_offset, slots = _lists(-(-rows // config.rows), -(-columns // config.columns), blocks, work, device)
-    split = slots > 0
-    kernel = load(Variant(config, split, n, dtype, out_dtype, accumulate, columns % 8 == 0), device)
-    fixed = (
-        (PARAM_LUT, _selectors(n, device).data_ptr()), (PARAM_ROWS, rows // 4), (PARAM_COLUMNS, columns // 4),
-        (PARAM_STARTS, lists.data_ptr()), (PARAM_PIECES, lists.data_ptr() + pieces_offset),
-        *([(PARAM_STEPS, blocks)] if config.sparse else []),
-    )  # fmt: skip
-    launch = (CooperativeLaunch if split else cuda_driver.Launch)(kernel, work.ctas * config.cluster, fixed)
-    partials = slots * config.rows * config.columns * n // 4
-
-    def run(left: cuda_driver.TensorMap, x: cuda_driver.TensorMap, ids: int, out: int, stream: int, extra: int = 0) -> None:
+    def run(self, left: int, x: int, ids: int, out: int, extra: int = 0) -> None:
+        """Launch on the current stream: device addresses (left, dy or its compressed transpose, and x 16-byte aligned); extra: of the
+        metadata (sparse) or of the stamps."""
+        launch, (left_maps, x_maps) = self.launch, self.maps
         pointers, values = launch.pointers, launch.values
-        pointers[PARAM_DY], pointers[PARAM_X] = left.address, x.address
+        left_map, x_map = left_maps[left], x_maps[x]  # held by name until the launch
+        pointers[PARAM_DY], pointers[PARAM_X] = left_map.address, x_map.address
         values[PARAM_IDS], values[PARAM_OUT], values[PARAM_EXTRA] = ids, out, extra
-        if torch._C._cuda_isCurrentStreamCapturing():
-            _CAPTURED.add(lists)  # a graph keeps addresses, not tensors
-        if split:
-            workspace = torch.empty(partials, dtype=torch.float32, device=lists.device)
-            values[PARAM_COUNTER], _owner = counters(device, stream)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        capturing = torch._C._cuda_isCurrentStreamCapturing()
+        if capturing:
+            _CAPTURED.add(self.lists)  # a graph keeps addresses, not tensors
+        if self.partials:
+            workspace = empty((self.partials,), (1,), torch.float32)
+            values[PARAM_COUNTER], _owner = counters(self.device, stream, capturing)
             values[PARAM_WORKSPACE] = workspace.data_ptr()
         launch.run(stream)
 
-    return run
+
+plan = functools.lru_cache(maxsize=4096)(Plan)

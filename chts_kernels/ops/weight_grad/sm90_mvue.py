@@ -12,11 +12,10 @@ from __future__ import annotations
 import torch
 
 from ... import check
+from .._library import empty
 from . import sm90_launch
-from .sm90_config import STEP
-from .sm90_launch import tensor_map
 from .sm90_schedule import Work, choose
-from .sm90_wgmma import aligned_rows, checked_out, row_bytes
+from .sm90_wgmma import Gradient, aligned_rows, checked_out, row_bytes
 
 
 def weight_grad_mvue_sm90(
@@ -67,8 +66,31 @@ def weight_grad_mvue_sm90(
     values, meta = prune(aligned_rows(dy), seed=seed, layer=layer, step=step, counter=counter)
     if work is None:
         work = choose(tokens, rows, columns, sm90_launch.multiprocessors(device), True)
-    launch = sm90_launch.plan(tokens, rows, columns, n, dtype, out.dtype, accumulate, device, work)
-    left = tensor_map(values.data_ptr(), rows, values.shape[1], 2 * values.shape[1], (128, 32))
-    right = tensor_map(x.data_ptr(), tokens, columns, row_bytes(x), (STEP, 64))
-    launch(left, right, ids.data_ptr(), out.data_ptr(), torch._C._cuda_getCurrentRawStream(device), meta.data_ptr())
+    plan = sm90_launch.plan(tokens, rows, columns, n, dtype, out.dtype, accumulate, device, work, (0, row_bytes(x)))
+    plan.run(values.data_ptr(), x.data_ptr(), ids.data_ptr(), out.data_ptr(), meta.data_ptr())
     return out
+
+
+class Estimate(Gradient):
+    """The route of an estimate, like that of an exact gradient."""
+
+    __slots__ = ("prune",)
+    sparse = True
+
+    def __init__(
+        self, dy: torch.Tensor, x: torch.Tensor, n: int, out_dtype: torch.dtype, seed: int, layer: int, step: int,
+        counter: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        from .triton_mvue import Pruning
+
+        super().__init__(dy, x, n, out_dtype)
+        self.prune = Pruning(dy, counter)
+
+    def __call__(
+        self, dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype, seed: int, layer: int, step: int,
+        counter: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        values, meta = self.prune(dy, seed, layer, step, counter)
+        out = empty(*self.out)
+        self.plan.run(values.data_ptr(), x.data_ptr(), ids.data_ptr(), out.data_ptr(), meta.data_ptr())
+        return out

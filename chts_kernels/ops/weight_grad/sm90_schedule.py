@@ -18,12 +18,14 @@ from .sm90_config import CONFIGS, STEP, DwConfig
 COUNTERS = 256  # counters of split tiles that one call has
 SHORTEST = 4  # blocks: a shorter piece costs more than the balance it brings
 # Cost model, in units of one 64-token block of a 128x256 tile (0.55-0.7 us on an H100); fitted to the measurements in
-# benchmarks/LOG.md. Clusters lost 2-3 us wherever tiles are cut and gained under 1 % on large problems, so none is chosen.
+# benchmarks/LOG.md. Clusters lose 2-3 us wherever tiles are cut. The exact product gains nothing from them; the sparse one, which
+# asks for X at up to twice the rate, gains up to 20 % where CTAs have many waves to drift apart and loses 2-5 % at four waves.
 TILE_COST = 1.0  # epilogue of a whole tile
 PIECE_COST = 5.0  # writing a partial tile, waiting for the other contributors, adding
 TAIL_MARGIN = 1.05  # cutting the last wave must promise this: it takes a workspace and disturbs the other tiles' shared reading
 EFFICIENCY = {"128x256": 1.0, "256x128": 0.98, "128x192": 0.95}
-SPARSE_EFFICIENCY = {"sparse128x256": 2.0}
+SPARSE_EFFICIENCY = {"sparse128x256": 2.0, "sparse128x256c2x": 2.15}
+CLUSTER_WAVES = 8  # fewer whole waves take no clusters; measured: 4 waves lose, 13 win
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,11 @@ def table(tiles_m: int, tiles_n: int, blocks: int, work: Work) -> tuple[np.ndarr
     return np.array(starts, np.int32), np.array(rows, np.int32).reshape(-1, 8), slots
 
 
+def waves(out_features: int, in_features: int, config: DwConfig, sms: int) -> int:
+    """Waves that all CTAs take part in."""
+    return -(-out_features // config.rows) * -(-in_features // config.columns) // (sms // config.cluster)
+
+
 def works(tokens: int, out_features: int, in_features: int, config: DwConfig, sms: int) -> list[tuple[float, Work]]:
     """(cost, work) of the ways to divide one problem with one configuration: whole tiles; cut over all CTAs; cut over the
     largest number of CTAs that gives every tile the same number."""
@@ -147,5 +154,6 @@ def choose(tokens: int, out_features: int, in_features: int, sms: int, sparse: b
         (cost / efficiency, work)
         for name, efficiency in (SPARSE_EFFICIENCY if sparse else EFFICIENCY).items()
         for cost, work in works(tokens, out_features, in_features, CONFIGS[name], sms)
+        if work.config.cluster == 1 or waves(out_features, in_features, work.config, sms) >= CLUSTER_WAVES
     ]
     return min(every, key=lambda item: item[0])[1]

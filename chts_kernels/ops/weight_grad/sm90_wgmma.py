@@ -14,12 +14,14 @@ tiles as the device has multiprocessors, and are added in ascending token order:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ... import check
+from .._library import empty
 from . import sm90_launch
-from .sm90_config import STEP
-from .sm90_launch import PTX_DTYPE, PTX_OUT, tensor_map
+from .sm90_launch import PTX_DTYPE, PTX_OUT
 from .sm90_schedule import Work, choose
 
 
@@ -74,11 +76,39 @@ def weight_grad_sm90(
     dy, x, ids = aligned_rows(dy), aligned_rows(x), ids.contiguous()
     if work is None:
         work = choose(tokens, rows, columns, sm90_launch.multiprocessors(device))
-    launch = sm90_launch.plan(tokens, rows, columns, n, dtype, out.dtype, accumulate, device, work)
-    left = tensor_map(dy.data_ptr(), tokens, rows, row_bytes(dy), (STEP, 64))
-    right = tensor_map(x.data_ptr(), tokens, columns, row_bytes(x), (STEP, 64))
-    launch(left, right, ids.data_ptr(), out.data_ptr(), torch._C._cuda_getCurrentRawStream(device))
+    strides = row_bytes(dy), row_bytes(x)
+    plan = sm90_launch.plan(tokens, rows, columns, n, dtype, out.dtype, accumulate, device, work, strides)
+    plan.run(dy.data_ptr(), x.data_ptr(), ids.data_ptr(), out.data_ptr())
     return out
+
+
+class Gradient:
+    """The route of an exact gradient: contiguous arguments on 16-byte boundaries, with rows of a multiple of 16 bytes."""
+
+    __slots__ = ("device", "out", "plan")
+    sparse = False
+
+    def __init__(self, dy: torch.Tensor, x: torch.Tensor, n: int, out_dtype: torch.dtype) -> None:
+        (tokens, rows), columns = dy.shape, x.shape[1]
+        self.device = dy.get_device()
+        work = choose(tokens, rows, columns, sm90_launch.multiprocessors(self.device), self.sparse)
+        strides = 0 if self.sparse else 2 * rows, 2 * columns
+        self.plan = sm90_launch.plan(tokens, rows, columns, n, dy.dtype, out_dtype, False, self.device, work, strides)
+        links = columns * n // 4
+        self.out = (rows, links), (links, 1), out_dtype
+
+    @classmethod
+    def prepare(
+        cls, dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype, *draw: Any
+    ) -> Gradient | None:
+        """The route of calls with arguments like these, or None where some have to be copied."""
+        fits = dy.shape[1] % 8 == 0 and x.shape[1] % 8 == 0 and dy.numel() > 0 and torch._C._cuda_getDevice() == dy.get_device()
+        return cls(dy, x, n, out_dtype, *draw) if fits else None
+
+    def __call__(self, dy: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, n: int, out_dtype: torch.dtype) -> torch.Tensor:
+        out = empty(*self.out)
+        self.plan.run(dy.data_ptr(), x.data_ptr(), ids.data_ptr(), out.data_ptr())
+        return out
 
 
 def row_bytes(t: torch.Tensor) -> int:

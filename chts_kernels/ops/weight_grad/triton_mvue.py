@@ -1,12 +1,16 @@
 """MVUE pruning of dY^T in Triton: the law and the random numbers of mvue.py, bit for bit, in one pass.
 
-A program takes 64 output features and STEPS * 64 tokens of dY [T, N], chooses two of every four tokens of each feature, and writes
-the compressed transpose and its metadata in the register order of ``wgmma.sp`` (:mod:`chts_kernels.layout.metadata`).
+A program takes 64 output features and 128 tokens of dY [T, N], chooses two of every four tokens of each feature, and writes the
+compressed transpose and its metadata in the register order of ``wgmma.sp`` (:mod:`chts_kernels.layout.metadata`). A thread owns
+four features and 16 tokens: the four words of a Philox call serve its four features, and the 16 bits of metadata of a feature
+never leave it. Only the finished values go through shared memory, so that rows of the result are written in lines of 128 bytes.
 
-Traffic: 2 bytes read and 1.25 written per element of dY. One Philox call serves four groups of four.
+Traffic: 2 bytes read and 1.25 written per element of dY.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -17,10 +21,13 @@ from ...layout.metadata import PADDING_NIBBLE
 from ...rng import Purpose
 from ...rng_triton import random_words
 from .. import _triton
+from .._library import empty
 from .mvue import LEAST
 
-STEPS = 1
-_PADDING = tl.constexpr(PADDING_NIBBLE)
+STEPS = 2
+"""64-token steps of a program."""
+_STEPS = tl.constexpr(STEPS)
+_PADDING = tl.constexpr(PADDING_NIBBLE * 0x1111)
 _LEAST = tl.constexpr(LEAST)
 
 
@@ -30,64 +37,51 @@ def _smaller(a, b):
 
 
 @triton.jit
-def _load_tokens(dy_ptr, row_stride, token, feature, tokens, features):
-    """float32 [groups, 64] of one token of each group."""
-    inside = (token < tokens)[:, None] & (feature < features)[None, :]
-    return tl.load(dy_ptr + token.to(tl.int64)[:, None] * row_stride + feature[None, :], mask=inside, other=0.0).to(tl.float32)
+def _load_features(pairs_ptr, inside):
+    """The bits of features 0 and 1, and 2 and 3, of every thread: two tensors of pairs, the lower feature in the lower half."""
+    pairs = tl.load(pairs_ptr, mask=inside, other=0)
+    return tl.split(tl.reshape(pairs, (pairs.shape[0], pairs.shape[1] // 2, 2)))
 
 
 @triton.jit
-def _group_bits(feature0, group, groups, seed_low, seed_high, layer, step, PURPOSE: tl.constexpr, GROUPS: tl.constexpr):
-    """uint32 [GROUPS, 64]: word r of block (feature // 4, group) for feature 4 i + r."""
-    rows = (feature0 // 4 + tl.arange(0, 16)).to(tl.uint32)
-    block = rows[None, :] * groups.to(tl.uint32) + group.to(tl.uint32)[:, None]
-    w0, w1, w2, w3 = random_words(block, layer, step, PURPOSE, seed_low, seed_high)
-    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (GROUPS, 64))
+def _magnitude(pair, UPPER: tl.constexpr, BF16: tl.constexpr):
+    """float32 magnitude of one element of a pair. bfloat16 by integer operations: of a conversion's operand the compiler would take
+    the magnitude first, at an instruction more."""
+    if BF16:
+        return ((pair & 0x7FFF0000) if UPPER else ((pair & 0x7FFF) << 16)).to(tl.float32, bitcast=True)
+    else:
+        return tl.abs((pair >> (16 * UPPER)).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32))
 
 
 @triton.jit
-def _rounded(h, bits, BF16: tl.constexpr):
-    """h stochastically rounded to bfloat16 or float16, as float32."""
+def _raised(h, bits, BF16: tl.constexpr):
+    """float32 whose truncation to bfloat16 is h stochastically rounded; for float16, h stochastically rounded."""
     word = h.to(tl.uint32, bitcast=True)
     if BF16:
-        raised = tl.minimum(word + (((bits & 0xFF) << 8) | 0x80), 0x7F800000) & 0xFFFF0000
-        return raised.to(tl.float32, bitcast=True)
+        return tl.minimum(word + (((bits & 0xFF) << 8) | 0x80), 0x7F800000).to(tl.float32, bitcast=True)
     else:
         raised = tl.minimum(word + (((bits & 0xFF) << 5) | 0x10), 0x7F800000) & 0xFFFFE000
         return tl.where(word < 0x38800000, h, raised.to(tl.float32, bitcast=True))  # below float16's smallest normal
 
 
 @triton.jit
-def _kept(y, h, dtype: tl.constexpr):
-    """sign(y) max(|y|, h)"""
-    magnitude = tl.maximum(tl.abs(y), h, propagate_nan=tl.PropagateNan.ALL).to(tl.uint32, bitcast=True)
-    return ((y.to(tl.uint32, bitcast=True) & 0x80000000) | magnitude).to(tl.float32, bitcast=True).to(dtype)
+def _kept(pair, h, UPPER: tl.constexpr, BF16: tl.constexpr):
+    """The bits of sign(y) max(|y|, h) as 16-bit integer, y an element of a pair."""
+    magnitude = tl.maximum(_magnitude(pair, UPPER, BF16), h, propagate_nan=tl.PropagateNan.ALL)
+    if BF16:
+        # |y| has no bits below the upper half, so that truncating the larger of it and the raised h is truncating h
+        signed = (magnitude.to(tl.uint32, bitcast=True) & 0x7FFFFFFF) | ((pair if UPPER else (pair << 16)) & 0x80000000)
+        return (signed >> 16).to(tl.uint16)
+    else:
+        bits = magnitude.to(tl.float16).to(tl.uint16, bitcast=True)
+        return bits | ((pair >> (16 * UPPER)).to(tl.uint16) & 0x8000)
 
 
 @triton.jit
-def mvue_prune_kernel(
-    dy_ptr, values_ptr, meta_ptr, counter_ptr, row_eighths, tokens, feature_quarters, steps, groups, seed_low, seed_high, layer, step,
-    feature_tiles, PURPOSE: tl.constexpr, STEPS: tl.constexpr, BF16: tl.constexpr, COUNTED: tl.constexpr,
-):  # fmt: skip
-    """groups = ceil(tokens / 4); steps = ceil(tokens / 64); values [features, 32 * steps]; feature_tiles covers the padded rows;
-    COUNTED: the word at counter_ptr is added to step. Row stride and features come divided, so that the compiler knows what
-    divides them and loads vectors."""
-    row_stride = row_eighths.to(tl.int64) * 8
-    features = feature_quarters * 4
-    GROUPS: tl.constexpr = STEPS * 16
-    feature0 = tl.program_id(0) % feature_tiles * 64
-    step0 = tl.program_id(0) // feature_tiles * STEPS
-    feature = feature0 + tl.arange(0, 64)
-    group = step0 * 16 + tl.arange(0, GROUPS)
-    y0 = _load_tokens(dy_ptr, row_stride, 4 * group, feature, tokens, features)
-    y1 = _load_tokens(dy_ptr, row_stride, 4 * group + 1, feature, tokens, features)
-    y2 = _load_tokens(dy_ptr, row_stride, 4 * group + 2, feature, tokens, features)
-    y3 = _load_tokens(dy_ptr, row_stride, 4 * group + 3, feature, tokens, features)
-    if COUNTED:
-        step += tl.load(counter_ptr).to(tl.int32)
-    bits = _group_bits(feature0, group, groups, seed_low, seed_high, layer, step, PURPOSE, GROUPS)
-
-    a0, a1, a2, a3 = tl.abs(y0), tl.abs(y1), tl.abs(y2), tl.abs(y3)
+def _choose(p0, p1, p2, p3, bits, UPPER: tl.constexpr, BF16: tl.constexpr):
+    """What is kept of one element of the pairs of four tokens: two 16-bit values, and their nibble as int32."""
+    a0, a1 = _magnitude(p0, UPPER, BF16), _magnitude(p1, UPPER, BF16)
+    a2, a3 = _magnitude(p2, UPPER, BF16), _magnitude(p3, UPPER, BF16)
     s01 = a0 + a1 + _LEAST
     s23 = a2 + a3 + _LEAST
     b0 = _smaller(a0, a1 + s23)
@@ -99,28 +93,83 @@ def mvue_prune_kernel(
     high = low + h
     past0, past1 = b0 <= low, c2 <= low
     beyond1, beyond2 = (c2 <= high) | past0, (c3 <= high) | past1
-    scale = _rounded(h, bits, BF16)
-    dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-    v0 = _kept(tl.where(past1, y2, tl.where(past0, y1, y0)), scale, dtype)
-    v1 = _kept(tl.where(beyond2, y3, tl.where(beyond1, y2, y1)), scale, dtype)
+    # past1 implies past0, and beyond2 beyond1: sums of what is not negative do not fall
+    first = tl.where(past1, p2, tl.where(past0, p1, p0))
+    second = tl.where(beyond2, p3, tl.where(beyond1, p2, p1))
+    nibble = tl.where(past1, 2, tl.where(past0, 1, 0)) + tl.where(beyond2, 12, tl.where(beyond1, 8, 4))
+    scale = _raised(h, bits, BF16)
+    return _kept(first, scale, UPPER, BF16), _kept(second, scale, UPPER, BF16), nibble
 
-    values = tl.reshape(tl.permute(tl.join(v0, v1), (1, 0, 2)), (64, 2 * GROUPS))
-    place = step0 * 32 + tl.arange(0, 2 * GROUPS)
+
+@triton.jit
+def _join4(x):
+    """Four tensors as one, along two last dimensions of 2, which are one of 4."""
+    return tl.join(tl.join(x[0], x[2]), tl.join(x[1], x[3]))
+
+
+@triton.jit
+def mvue_prune_kernel(
+    dy_ptr, values_ptr, meta_ptr, counter_ptr, row_eighths, tokens, feature_quarters, steps, groups, seed_low, seed_high, layer, step,
+    feature_tiles, PURPOSE: tl.constexpr, BF16: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
+    """groups = ceil(tokens / 4); steps = ceil(tokens / 64); values [features, 32 * steps]; feature_tiles covers the padded rows;
+    COUNTED: the word at counter_ptr is added to step. Row stride and features come divided, so that the compiler knows what
+    divides them and loads vectors."""
+    PIECES: tl.constexpr = 4 * _STEPS  # of 16 tokens
+    tile = tl.program_id(0) % feature_tiles
+    step0 = tl.program_id(0) // feature_tiles * _STEPS
+    piece = step0 * 4 + tl.arange(0, PIECES)
+    quarter = tile * 16 + tl.arange(0, 16)  # of four features
+    if COUNTED:
+        step += tl.load(counter_ptr).to(tl.int32)
+
+    row_pairs = row_eighths.to(tl.int64) * 4
+    pair = tile * 32 + tl.arange(0, 32)
+    pairs_ptr = dy_ptr.to(tl.pointer_type(tl.uint32)) + (piece.to(tl.int64) * 16)[:, None] * row_pairs + pair[None, :]
+    within = (pair < feature_quarters * 2)[None, :]
+    rows = ()
+    for t in tl.static_range(16):
+        rows = rows + (_load_features(pairs_ptr + t * row_pairs, within & (piece * 16 + t < tokens)[:, None]),)
+
+    values = ()
+    halves = ()
+    words = ()
+    for j in tl.static_range(4):
+        block = quarter.to(tl.uint32)[None, :] * groups.to(tl.uint32) + (piece * 4 + j).to(tl.uint32)[:, None]
+        words = words + (random_words(block, layer, step, PURPOSE, seed_low, seed_high),)
+    for f in tl.static_range(4):
+        half = tl.zeros((PIECES, 16), tl.int32)
+        own = ()
+        for j in tl.static_range(4):
+            kept0, kept1, nibble = _choose(
+                rows[4 * j][f // 2], rows[4 * j + 1][f // 2], rows[4 * j + 2][f // 2], rows[4 * j + 3][f // 2], words[j][f],
+                f % 2 == 1, BF16,
+            )  # fmt: skip
+            own = own + (tl.join(kept0, kept1),)
+            half += nibble << (4 * j)
+        values = values + (_join4(own),)
+        halves = halves + (half,)
+
+    # [piece, quarter, place in a group 2, group 4, feature of a quarter] to [feature, place]
+    every = tl.permute(tl.reshape(_join4(values), (PIECES, 16, 2, 4, 4)), (1, 4, 0, 3, 2))
+    feature = tile * 64 + tl.arange(0, 64)
+    place = step0 * 32 + tl.arange(0, 32 * _STEPS)
     at = feature.to(tl.int64)[:, None] * (steps * 32) + place[None, :]
-    tl.store(values_ptr + at, values, mask=(feature < features)[:, None] & (place < steps * 32)[None, :])
+    inside = (feature < feature_quarters * 4)[:, None] & (place < steps * 32)[None, :]
+    tl.store(values_ptr.to(tl.pointer_type(tl.uint16)) + at, tl.reshape(every, (64, 32 * _STEPS)), mask=inside)
 
-    real = (feature < features)[None, :] & (group < groups)[:, None]
-    pair = past0.to(tl.int32) + past1.to(tl.int32) + tl.where(beyond1, 8, 4) + tl.where(beyond2, 4, 0)
-    nibble = tl.where(real, pair, _PADDING)
-    quarter = tl.arange(0, 4)
-    half = tl.sum(tl.reshape(nibble, (GROUPS // 4, 4, 64)) << (4 * quarter)[None, :, None], axis=1)
-    # features are (warp 4, row half 2, g 8); 16-token pieces are (step, q 4)
-    both = tl.reshape(half, (GROUPS // 4, 4, 2, 8)) << (16 * tl.arange(0, 2))[None, None, :, None]
-    words = tl.reshape(tl.sum(both, axis=2), (STEPS, 4, 32))
-    own_step = step0 + tl.arange(0, STEPS)
-    lane = tl.arange(0, 32)
-    to = (feature0 // 64 * steps + own_step)[:, None, None] * 128 + (lane * 4)[None, None, :] + quarter[None, :, None]
-    tl.store(meta_ptr + to, words, mask=((own_step < steps)[:, None, None] & (lane >= 0)[None, None, :]) & (quarter >= 0)[None, :, None])
+    # nibbles that are there: of the first groups of a piece, of real features
+    real = tl.minimum(tl.maximum(groups - piece * 4, 0), 4)
+    mask = tl.where((quarter < feature_quarters)[None, :], ((1 << (4 * real)) - 1)[:, None], 0)
+    up = (quarter // 2 % 2 * 16)[None, :]  # features are (warp 4, row half 2, quarter of a row group 2, feature of a quarter 4)
+    both = ()
+    for f in tl.static_range(4):
+        half = ((halves[f] & mask) | (_PADDING & ~mask)) << up
+        both = both + (tl.sum(tl.reshape(half, (PIECES, 4, 2, 2)), axis=2),)
+    lanes = tl.reshape(_join4(both), (_STEPS, 4, 32))
+    own_step = step0 + tl.arange(0, _STEPS)
+    to = (tile * steps + own_step)[:, None, None] * 128 + (tl.arange(0, 32) * 4)[None, None, :] + tl.arange(0, 4)[None, :, None]
+    tl.store(meta_ptr + to, lanes, mask=(own_step < steps)[:, None, None] & (to >= 0))
 
 
 PRUNE = _triton.TritonKernel(mvue_prune_kernel)
@@ -140,13 +189,52 @@ def prune(
         values [N, 32 * ceil(T/64)] in the dtype of dy, zeros where there is no token;
         metadata, int32 of ``metadata_shape(N, T)``.
     """
+    values_shape, meta_shape = _shapes(dy)
+    values = torch.empty(values_shape, dtype=dy.dtype, device=dy.device)
+    meta = torch.empty(meta_shape, dtype=torch.int32, device=dy.device)
+    PRUNE.launch(*_launch(dy, values, meta, seed, layer, step, counter))
+    return values, meta
+
+
+class Pruning:
+    """:func:`prune` of contiguous gradients like ``dy``, prepared (:mod:`chts_kernels.ops._library`); with or without a counter."""
+
+    __slots__ = ("device", "launch", "meta", "values")
+
+    def __init__(self, dy: torch.Tensor, counter: torch.Tensor | None) -> None:
+        (rows, columns), (slabs, steps, threads) = _shapes(dy)
+        self.values = (rows, columns), (columns, 1), dy.dtype
+        self.meta = (slabs, steps, threads), (steps * threads, threads, 1), torch.int32
+        self.device = dy.get_device()
+        self.launch = PRUNE.prepare(*_launch(dy, empty(*self.values), empty(*self.meta), 0, 0, 0, counter))
+
+    def __call__(
+        self, dy: torch.Tensor, seed: int, layer: int, step: int, counter: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        values, meta = empty(*self.values), empty(*self.meta)
+        launch = self.launch
+        at = launch.values
+        at[0], at[1], at[2], at[3] = dy.data_ptr(), values.data_ptr(), meta.data_ptr(), 0 if counter is None else counter.data_ptr()
+        at[9], at[10], at[11], at[12] = seed & 0xFFFFFFFF, seed >> 32, layer, step
+        launch.run(torch._C._cuda_getCurrentRawStream(self.device))
+        return values, meta
+
+
+def _shapes(dy: torch.Tensor) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    """Of the values and the metadata."""
     tokens, features = dy.shape
     slabs, steps, threads = metadata_shape(features, tokens)
-    values = torch.empty(features, 32 * steps, dtype=dy.dtype, device=dy.device)
-    meta = torch.empty(slabs, steps, threads, dtype=torch.int32, device=dy.device)
+    return (features, 32 * steps), (slabs, steps, threads)
+
+
+def _launch(
+    dy: torch.Tensor, values: torch.Tensor, meta: torch.Tensor, seed: int, layer: int, step: int, counter: torch.Tensor | None
+) -> tuple[int, tuple[Any, ...], tuple[tuple[str, Any], ...], int]:
+    """The arguments of :meth:`TritonKernel.launch`."""
+    tokens, features = dy.shape
+    slabs, steps, _ = meta.shape
     signed = [word - (1 << 32) if word >= 1 << 31 else word for word in (seed & 0xFFFFFFFF, seed >> 32, layer, step)]
     rows = dy.stride(0) // 8 if tokens > 1 else 0
     arguments = (dy, values, meta, counter, rows, tokens, features // 4, steps, -(-tokens // 4), *signed, slabs)
-    constants = (("PURPOSE", int(Purpose.MVUE)), ("STEPS", STEPS), ("BF16", dy.dtype == torch.bfloat16))
-    PRUNE.launch(slabs * -(-steps // STEPS), arguments, (*constants, ("COUNTED", counter is not None)), 4)
-    return values, meta
+    constants = (("PURPOSE", int(Purpose.MVUE)), ("BF16", dy.dtype == torch.bfloat16), ("COUNTED", counter is not None))
+    return slabs * -(-steps // STEPS), arguments, constants, 4

@@ -54,11 +54,11 @@ def mine(x: torch.Tensor) -> list[torch.Tensor]:
     return [x.chunk(WORLD)[RANK]]
 
 
-def single(n=2, kind=torch.optim.Adam, passes=1, steps=STEPS, clip=None):
+def single(n=2, kind=torch.optim.Adam, passes=1, steps=STEPS, clip=None, **rule):
     """The same training in one process, whose passes are the ranks' shares in their order."""
     model = make(n)
     optimizer = kind(model.parameters(), lr=1e-2)
-    evolver = TopologyEvolver(model, optimizer, SCHEDULE, seed=7, verify=False)
+    evolver = TopologyEvolver(model, optimizer, SCHEDULE, seed=7, verify=False, **rule)
     train(model, optimizer, evolver, lambda x: x.chunk(WORLD * passes), steps, clip=clip)
     return model, optimizer, evolver
 

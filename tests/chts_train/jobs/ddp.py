@@ -42,6 +42,17 @@ def check_ddp_accumulates_and_clips():
     same((model, optimizer, evolver), single(kind=torch.optim.AdamW, passes=2, clip=0.05), exact=False)
 
 
+def check_ddp_grows_by_the_gradient_of_all_ranks():
+    rule = {"removal": "moves", "regrowth": "gradient"}
+    for n in (2, 1):
+        model = make(n)
+        network = ddp(model)
+        optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+        evolver = TopologyEvolver(network, optimizer, SCHEDULE, seed=7, **rule)
+        train(model, optimizer, evolver, mine, network=network)
+        same((model, optimizer, evolver), single(n, **rule), exact=WORLD == 2)
+
+
 def check_ddp_gives_every_rank_the_first_ones_patterns():
     model = make(seed=RANK)
     network = ddp(model)

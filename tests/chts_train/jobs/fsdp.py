@@ -33,6 +33,15 @@ def check_fsdp_is_a_single_process():
         )
 
 
+def check_fsdp_moves():
+    for rule in ({"removal": "moves", "regrowth": "gradient"}, {"removal": "soft-moves", "regrowth": "soft"}):
+        model = shard(make())
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        evolver = TopologyEvolver(model, optimizer, SCHEDULE, seed=7, **rule)
+        train(model, optimizer, evolver, mine)
+        same((model, optimizer, evolver), single(**rule), exact=WORLD == 2)
+
+
 def check_fsdp_accumulates_and_clips():
     model = shard(make())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
