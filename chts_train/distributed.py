@@ -44,8 +44,8 @@ class GatheredWeight(SparseWeight):
         """The weight over a layer's tensors, unchecked."""
         return cls.view(ids, values, n, _NONE_KEPT)
 
-    def operands(self, dtype: torch.dtype) -> Operands:
-        """What a sparse tensor-core kernel of this compute dtype reads."""
+    def operands(self, dtype: torch.dtype, stamp: object | None = None) -> Operands:
+        """What a sparse tensor-core kernel of this compute dtype reads; nothing served before, so ``stamp`` is not looked at."""
         fresh = Operands()
         fresh.refresh(self.values, self.ids, self.n, dtype)
         return fresh

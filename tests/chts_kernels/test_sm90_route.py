@@ -9,6 +9,7 @@ from chts_kernels import SparseWeight, input_grad, spmm, target
 from chts_kernels.ops import _library
 from chts_kernels.ops import spmm as ops
 from chts_kernels.ops.spmm import route, sm90_wgmma_sp
+from chts_train.distributed import GatheredWeight
 
 BF16 = torch.bfloat16
 
@@ -61,6 +62,18 @@ def weight(rows=32, columns=48):
 
 def launches(plans):
     return {key[:3]: len(plan.calls) for key, plan in plans.items()}
+
+
+def test_the_backward_pass_of_a_weight_that_keeps_no_operands_takes_the_route(plans, monkeypatch):
+    import chts_kernels.autograd as autograd
+
+    monkeypatch.setattr(autograd, "WEIGHT_GRAD", lambda dy, x, ids, n, dtype, impl: dy.new_zeros(32, 24))
+    kept = weight()
+    w, x = GatheredWeight.over(kept.ids, kept.values, kept.n), torch.randn(5, 48).to(BF16).requires_grad_()
+    for calls in (0, 1, 2):
+        spmm(x, w).backward(torch.ones(5, 32, dtype=BF16))
+        assert launches(plans) == {(5, 32, 48): 0, (5, 48, 32): calls}
+    assert w._operands.nbytes == 0
 
 
 @pytest.mark.parametrize("leading", [(5,), (2, 3), (1, 2, 2)])

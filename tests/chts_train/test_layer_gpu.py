@@ -64,6 +64,24 @@ def test_operands_are_packed_once_per_weight_change(monkeypatch):
     torch.testing.assert_close(y, layer.to_linear().bfloat16()(x), rtol=2e-2, atol=2e-2)
 
 
+def test_a_layer_that_keeps_no_operands_computes_the_same():
+    layers = [SparseLinear(256, 128, device="cuda") for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1].keep_operands = False
+    for step in range(3):  # the first call of a kind goes another way than those that follow
+        x, gradients = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16), []
+        for layer in layers:
+            layer.zero_grad()
+            own = x.clone().requires_grad_()
+            with torch.autocast("cuda", torch.bfloat16):
+                y = layer(own)
+            y.float().square().sum().backward()
+            gradients.append((y, own.grad, layer.values.grad, layer.bias.grad))
+        for kept, fresh in zip(*gradients, strict=True):
+            assert torch.equal(kept, fresh), step
+    assert layers[1]._operands.nbytes == 0 < layers[0]._operands.nbytes
+
+
 def test_captured_step_stays_valid_across_topology_updates():
     torch.manual_seed(0)
     eager = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128)).cuda()
