@@ -98,7 +98,7 @@ def choose_moves(
     kept = _relative(values.abs().float().view(matrices, rows, block_columns, n), None)
     if math.isfinite(temperature):
         bits = noise(rng.Purpose.REMOVE).view(matrices, rows, block_columns, BLOCK).gather(3, at)
-        kept = kept * torch.exp(rng.gumbel(bits) * (1.0 / temperature))
+        kept = (kept * torch.exp(rng.gumbel(bits) * (1.0 / temperature)).clamp_(max=LARGEST)).clamp_(max=LARGEST)
     fresh = rng.uniform(noise(rng.Purpose.REGROW)) if growth is None or growth_noise else None
     promise = fresh if growth is None else growth.float() if fresh is None else growth.float() * fresh
     promise = promise.view(matrices, rows, block_columns, BLOCK)
@@ -153,10 +153,10 @@ def _relative(x: torch.Tensor, where: torch.Tensor | None) -> torch.Tensor:
     """``x`` [L, ...] over its mean in each matrix (over the places ``where``); 0 where that mean is 0. NaN and inf become huge."""
     x = torch.nan_to_num(x, nan=LARGEST, posinf=LARGEST).clamp_(max=LARGEST)
     if where is None:
-        mean = x.flatten(1).mean(1)
+        mean = x.flatten(1).mean(1, dtype=torch.float64)  # the same after rounding, whatever the order of the sum
     else:
-        mean = (x * where).flatten(1).sum(1) / where.flatten(1).sum(1)
-    mean = mean.view(-1, *[1] * (x.dim() - 1))
+        mean = (x * where).flatten(1).sum(1, dtype=torch.float64) / where.flatten(1).sum(1, dtype=torch.float64)
+    mean = mean.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
     return torch.where(mean > 0, x / mean, 0.0)
 
 

@@ -66,7 +66,7 @@ def configure(options: argparse.Namespace, base: RunConfig) -> RunConfig:
     if "micro_batch" not in changes and _positive(batch):
         changes["micro_batch"] = next(m for m in range(min(batch, base.micro_batch), 0, -1) if batch % m == 0)
     values = base.to_dict()
-    if changes.get("method") in METHODS:  # an unknown one is refused where the run starts
+    if str(changes.get("method")) in METHODS:  # an unknown one is refused where the run starts
         values |= METHODS[changes["method"]].settings
     for key, value in changes.items():
         part, _, name = key.rpartition(".")

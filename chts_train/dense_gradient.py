@@ -17,7 +17,8 @@ class DenseGradients:
 
     Costs one dense weight-gradient product per layer and, from the backward pass to the topology update, a float32 [N, K] for
     every layer: what a dense model's gradients take. Between those steps there is nothing, not even a hook. It reads what goes
-    through the layers' ``__call__``: inside a captured CUDA graph or a compiled region nothing is seen, and :meth:`check` says so.
+    through the layers' ``__call__``: inside a captured CUDA graph or a compiled region nothing is seen, and :meth:`check` says so. A
+    backward pass that gave a layer anything infinite or NaN, as with too large a loss scale, counts as zeros for it.
 
     Args:
         layers: by name.
@@ -37,7 +38,9 @@ class DenseGradients:
     def arm(self, on: bool) -> None:
         """Read the passes from now on, or forget what was read and stop."""
         if on and not self._handles:
-            self._handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self._layers.items()]
+            self._handles = [
+                layer.register_forward_hook(_Reader(self, name), with_kwargs=True) for name, layer in self._layers.items()
+            ]
         elif not on:
             for handle in self._handles:
                 handle.remove()
@@ -61,19 +64,33 @@ class DenseGradients:
             torch.distributed.all_reduce(total, group=self._group)
         return total
 
-    def _hook(self, name: str) -> Any:
-        def after_forward(_: SparseLinear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if output.requires_grad:
-                x = inputs[0].detach()
-                output.register_hook(lambda dy: self._add(name, dy.detach(), x))
-
-        return after_forward
-
     @torch.no_grad()
     def _add(self, name: str, dy: torch.Tensor, x: torch.Tensor) -> None:
+        if dy.dtype == torch.float16:  # scaled losses: sums over tokens go beyond its range where the values' float32 gradient does not
+            dy = dy.float()
         dy = dy.reshape(-1, dy.shape[-1])
         part = (dy.t() @ x.reshape(-1, x.shape[-1]).to(dy.dtype)).float()
+        part = torch.where(part.isfinite().all(), part, 0.0)  # of a pass that overflowed, whose step a GradScaler leaves out
         if name in self._sums:
             self._sums[name] += part
         else:
             self._sums[name] = part
+
+
+class _Reader:
+    """The forward hook of one layer. A copy or a pickle of the layer has one that reads nothing."""
+
+    def __init__(self, gradients: DenseGradients | None, name: str) -> None:
+        self._gradients, self._name = gradients, name
+
+    def __call__(
+        self, _: SparseLinear, inputs: tuple[torch.Tensor, ...], named: dict[str, torch.Tensor], output: torch.Tensor
+    ) -> None:
+        if self._gradients is not None and output.requires_grad:
+            # A copy under autocast, as autograd has it: what the layer read may be changed in place before the backward pass.
+            x = (inputs[0] if inputs else named["x"]).detach().to(output.dtype)
+            add, name = self._gradients._add, self._name
+            output.register_hook(lambda dy: add(name, dy.detach(), x))
+
+    def __reduce__(self) -> tuple:
+        return _Reader, (None, self._name)

@@ -40,8 +40,8 @@ class SparseLinear(nn.Module):
     element of W for 16-bit computing) is derived for the forward pass, again for the backward pass, and kept by neither.
     ``weight_grad`` is "exact" or "mvue24": the gradient of the values, or an unbiased random estimate of it that runs on
     sparse tensor cores (:func:`chts_kernels.weight_grad_mvue`). Drawing it costs a pass over the output gradient and saves work in
-    proportion to ``in_features``: on an H100 it takes 0.75-0.9 of the exact gradient's time from 4096 of them on, and more time than
-    it in layers with fewer than about 2000 (choose by layer: ``layer.weight_grad = ...``). Its noise follows the layer's seed
+    proportion to ``in_features``: on an H100 it takes 0.7-0.8 of the exact gradient's time from 3000 of them on, and 1.2-1.5 of
+    it in layers with fewer than 2000 (choose by layer: ``layer.weight_grad = ...``). Its noise follows the layer's seed
     and number and the buffer ``draws``, which counts backward passes and is saved with the layer: a resumed run draws the same
     bits, and a captured CUDA graph draws anew at every replay.
 

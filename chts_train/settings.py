@@ -71,15 +71,20 @@ def resolve_precision(name: str, device: torch.device) -> str:
     return name
 
 
-def resolve_compile(name: str, device: torch.device, processes: int = 1) -> str:
+def resolve_compile(name: str, device: torch.device, parallel: str = "single") -> str:
     """ "off", "blocks" or "graph"; "auto" is "graph" on a GPU that trains alone, else "off".
 
+    Args:
+        name: the setting.
+        device: of the training.
+        parallel: "single", or the way of sharing the training with other processes, be it with none: "ddp", "fsdp".
+
     Raises:
-        ValueError: "graph" on a CPU, or among several processes.
+        ValueError: "graph" on a CPU, under DDP or FSDP.
     """
-    fits = device.type == "cuda" and processes == 1
+    fits = device.type == "cuda" and parallel == "single"
     if name == "auto":
         return "graph" if fits else "off"
     if name == "graph" and not fits:
-        raise ValueError(f"compile: must not be 'graph' on {device.type} with {processes} process(es): it takes one GPU")
+        raise ValueError(f"compile: must not be 'graph' on {device.type} with parallel = {parallel!r}: it takes one GPU and one process")
     return name

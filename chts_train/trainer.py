@@ -129,7 +129,7 @@ class Trainer:
         self.processes.check(config.batch_size, self.method.kind)
         self.device = resolve_device(self.settings.device)
         self.precision = resolve_precision(config.precision, self.device)
-        self.compile = resolve_compile(self.settings.compile, self.device, self.processes.size)
+        self.compile = resolve_compile(self.settings.compile, self.device, self.processes.kind)
         self.task = make_task(config, data)
         self.batches = self.task.batches()
         self.baseline = self.task.baseline()

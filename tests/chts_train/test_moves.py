@@ -44,9 +44,9 @@ def _run(model, optimizer, evolver, first, last, passes=1):
 
 @pytest.mark.parametrize("n", [2, 1])
 def test_dense_gradient_is_that_of_the_dense_weight(n):
-    model, *_ = _setup(n=n)
+    model = _setup(n=n)[0].double()  # the order of a sum's terms shows in float32
     gradients = DenseGradients(sparse_layers(model))
-    x = torch.randn(4, 3, 32)
+    x = torch.randn(4, 3, 32, dtype=torch.float64)
     gradients.arm(True)
     assert gradients.armed
     with torch.no_grad():
@@ -62,9 +62,9 @@ def test_dense_gradient_is_that_of_the_dense_weight(n):
         dense[index] = dense[index].to_linear()
     dense(x).square().sum().backward()
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, dense[int(name)].weight.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, dense[int(name)].weight.grad.float(), rtol=1e-6, atol=1e-6)
         values = unpack(model[int(name)].values.grad, model[int(name)].ids, n)
-        torch.testing.assert_close(gradient * (values != 0), values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient * (values != 0), values.float(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [2, 1])
@@ -202,3 +202,46 @@ def test_the_command_line_gives_such_a_method_its_schedule():
         config = configure(make_parser().parse_args(["pretrain", *options]), preset("60m"))
         assert (config.zeta, config.zeta_end, config.stop_fraction, config.lr_ramp_steps) == expected
         assert config.interval == 100
+
+
+def test_copies_and_pickles_of_a_model_that_is_read_are_not_read(tmp_path):
+    model, _, evolver = _setup(interval=1)
+    copied = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model")
+    for other in (copied, torch.load(tmp_path / "model", weights_only=False)):
+        other(torch.randn(4, 32)).square().mean().backward()
+    assert not evolver._gradients._sums
+
+
+def test_inputs_changed_in_place_under_autocast_are_read_as_they_were():
+    model, _, evolver = _setup(interval=1)
+    x, sums = torch.randn(8, 32), []
+    for change in (False, True):
+        evolver._gradients.arm(False)
+        evolver._gradients.arm(True)
+        given = x.clone()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model[0](x=given)  # also by name
+        if change:
+            given.zero_()
+        y.float().square().mean().backward()
+        sums.append(evolver._gradients._sums["0"])
+    assert torch.equal(*sums) and sums[0].any()
+
+
+def test_half_precision_sums_and_steps_that_a_scaler_leaves_out_stay_finite():
+    model, optimizer, evolver = _setup(interval=1)
+    evolver.attach()
+    with torch.autocast("cpu", torch.float16):
+        y = model[0](torch.ones(4096, 32))
+    y.backward(torch.full_like(y, 100.0))
+    assert model[0].values.grad.isfinite().all() and (evolver._gradients._sums["0"] == 409600).all()
+    optimizer.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for factor in (torch.inf, 1.0):
+        scaler.scale(model(torch.randn(4, 32)).square().mean() * factor).backward()
+        assert all(total.isfinite().all() for total in evolver._gradients._sums.values())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert evolver.updates == 1

@@ -123,9 +123,9 @@ def test_checkpoints_can_be_left_out(tmp_path, micro):
 
 def test_which_mode_fits():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    assert [resolve_compile("auto", *where) for where in ((cpu, 1), (gpu, 1), (gpu, 2))] == ["off", "graph", "off"]
-    assert resolve_compile("blocks", gpu, 2) == "blocks"
-    for where in ((cpu, 1), (gpu, 2)):
+    assert [resolve_compile("auto", *where) for where in ((cpu,), (gpu,), (gpu, "ddp"), (gpu, "fsdp"))] == ["off", "graph", "off", "off"]
+    assert resolve_compile("blocks", gpu, "ddp") == "blocks"
+    for where in ((cpu,), (gpu, "ddp")):
         with pytest.raises(ValueError, match="compile"):
             resolve_compile("graph", *where)
     with pytest.raises(ValueError, match="compile"):
