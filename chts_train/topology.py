@@ -246,9 +246,10 @@ class TopologyEvolver:
     def stats(self) -> list[dict[str, Any]]:
         """Figures of the last update, one dict per layer; waits for the device. Empty before the first update.
 
-        Keys: name, n, links, blocks, removed (by rules that move whole patterns: at most so many), can_change_blocks, replaced, turnover (replaced / links),
-        noise_changed_blocks (share of blocks where the noisy choice is not the greedy one), score_mean, score_var (over
-        the links before the update), score_mean_survivors, score_var_survivors, link_age_mean (in updates).
+        Keys: name, n, links, blocks, removed (by rules that move whole patterns: at most so many), can_change_blocks, replaced,
+        turnover (replaced / links), noise_changed_blocks (share of blocks where the noisy choice is not the greedy one),
+        score_mean, score_var (over the links before the update), score_mean_survivors, score_var_survivors, link_age_mean
+        (in updates).
         """
         rows = []
         for name, figures in self._figures.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """Of ``run``."""
-    from benchmarks.paper.protocol import FIGURES, TABLES
+    from benchmarks.paper.protocol import FIGURES, GROUPS, SEEDS, TABLES
     from benchmarks.paper.results import FOLDER
 
     p = argparse.ArgumentParser(
@@ -43,8 +44,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--table", type=int, nargs="+", default=[], choices=list(TABLES), help="train what these tables show")
     p.add_argument("--figure", type=int, nargs="+", default=[], choices=list(FIGURES), help="likewise; then draw them")
     p.add_argument("--minutes", type=float, default=9.0, help="stop after so long, start-up included (default 9)")
-    p.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    p.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     p.add_argument("--arms", nargs="+", default=[], metavar="METHOD", help="only these methods (also others than the table's)")
+    p.add_argument("--model", nargs="+", default=list(GROUPS), choices=GROUPS, help="only what trains these (default both)")
     p.add_argument("--jobs", type=int, default=1, help="arms that share the GPU, a process each (default 1; 0: in this process)")
     p.add_argument("--out", type=Path, default=FOLDER, help="folder of the result files (default benchmarks/results/paper)")
     _shared(p)
@@ -82,16 +84,18 @@ def _run(arguments: Sequence[str]) -> int:
     print(f"data: {text}; images: {Path(places.images).name}", flush=True)
     home = options.runs.resolve()
     facts = environment.capture()
+    facts["commit"] = facts.get("commit") or os.environ.get("CHTS_COMMIT") or None  # a copy of the tree without git
     files = []
     for table in tables:
         path = path_of(options.out, table, options.scale)
-        files.append(Paper.open(path, table, protocol_of(table, options.scale, places)))
+        files.append(Paper.open(path, table, protocol_of(table, options.scale, places, options.model)))
         files[-1].environment = facts
     plan = schedule.Plan(
         files, options.seeds, [method_name(name) for name in options.arms], options.scale, places,
         unpacked(places, home), home,
         {key: facts.get(key) for key in ("gpu", "commit", "kernel_hash", "torch")},
         lambda text: print(f"{time.monotonic() - start:6.1f} s  {text}", flush=True), compile=options.compile, whole=options.whole_arms,
+        models=options.model,
     )  # fmt: skip
     for table in TABLES:  # also runs that another table has made
         if (path := path_of(options.out, table, options.scale)).exists():

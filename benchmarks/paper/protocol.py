@@ -20,6 +20,10 @@ from chts_train.retrain import retrain_config
 
 ROOT = Path(__file__).parent.parent.parent
 SCALES = ("tiny", "reduced")
+SEEDS = (0, 1, 2)
+"""Of every row of the tables."""
+GROUPS = ("llama", "vit")
+"""The two models; each has its group of re-trainings."""
 RETRAIN = "-retrain"
 LAMBDAS = (6e-5, 2e-4, 6e-4)
 """What SR-STE's decay is tuned over (ALGORITHM section 5)."""
@@ -31,6 +35,8 @@ _PRETRAIN14 = ("chts14", "random-regrow14", "static14", "srste14", "ste14")
 # Beyond the paper: whole patterns move, by the gradient and by chance (the control); their schedule is in Method.settings.
 _BEYOND, _BEYOND14 = ("rigl24", "random-moves"), ("rigl14", "random-moves14")
 _RETRAIN = ("dense", "nvidia", "random-regrow", "chts24")
+_LATE = ("random-regrow14", "ste14", "random-moves14")
+"""After all seeds of a table's other methods."""
 TABLES: Mapping[int, Mapping[str, Sequence[str]]] = {
     1: {"llama": (*_PRETRAIN, *_BEYOND, *_PRETRAIN14, *_BEYOND14)},
     2: {"llama": ("greedy", "soft-regrow", "chts24")},
@@ -139,7 +145,15 @@ def method_name(name: str) -> str:
     return short if name not in METHODS and short in METHODS else get_method(name).name
 
 
-def arms_of(table: int, seeds: Sequence[int], tuned: Mapping[str, float | None], only: Sequence[str] = ()) -> list[Arm]:
+def urgency(arm: Arm) -> tuple[bool, int, bool]:
+    """Less comes first within a table: what decides most, should time run out. Seed by seed, of each 2:4 before 1:4."""
+    method = get_method(arm.method)
+    return arm.method in _LATE, arm.seed, method.kind != "dense" and method.n == 1
+
+
+def arms_of(
+    table: int, seeds: Sequence[int], tuned: Mapping[str, float | None], only: Sequence[str] = (), models: Sequence[str] = GROUPS
+) -> list[Arm]:
     """The arms of a table that can be named now, seed by seed.
 
     Args:
@@ -147,10 +161,13 @@ def arms_of(table: int, seeds: Sequence[int], tuned: Mapping[str, float | None],
         seeds: of the rows.
         tuned: SR-STE method -> decay, once the tuning runs are done; before that only those are listed.
         only: methods, instead of the table's; also ones that the table does not have by default.
+        models: of :data:`GROUPS`; the others' arms are left out.
     """
     found: dict[str, Arm] = {}
     for seed in seeds:
         for group, methods in TABLES[table].items():
+            if group.removesuffix(RETRAIN) not in models:
+                continue
             # Re-training takes no STE methods, and its base group trains nothing but the dense model.
             free = tuple(only) if group.endswith(RETRAIN) or len(methods) > 1 else methods
             for method in free if only else methods:
@@ -219,7 +236,8 @@ def fingerprint(arm: Arm, scale: str, places: Places) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def protocol_of(table: int, scale: str, places: Places) -> dict[str, Any]:
-    """The settings of a table's groups, as its result file states them."""
-    groups = {group: settings_of(config_of(Arm(group, "chts24", 0), scale, places)) for group in TABLES[table]}
+def protocol_of(table: int, scale: str, places: Places, models: Sequence[str] = GROUPS) -> dict[str, Any]:
+    """The settings of a table's groups (those of ``models``), as its result file states them."""
+    wanted = [group for group in TABLES[table] if group.removesuffix(RETRAIN) in models]
+    groups = {group: settings_of(config_of(Arm(group, "chts24", 0), scale, places)) for group in wanted}
     return {"scale": scale, "srste_lambdas": list(LAMBDAS), "tuning_seed": TUNING_SEED, "groups": groups}

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper import flops
-from benchmarks.paper.protocol import FIGURES, RETRAIN, TABLES
+from benchmarks.paper.protocol import FIGURES, RETRAIN, SEEDS, TABLES, arms_of
 from benchmarks.paper.results import Paper, path_of, tuned
 from benchmarks.view import Table
+from chts_train.methods import get_method
 
 Rows = Sequence[dict[str, Any]]
 Values = dict[str, dict[int, float]]
 """Arm -> seed -> figure."""
-CONTROLS = ("dense", "static", "random-regrow", "srste", "nvidia")
+CONTROLS = ("dense", "static", "random-regrow", "random-moves", "srste", "nvidia")
 TITLES = {
     1: "training from scratch",
     2: "hard and soft rules",
@@ -47,7 +48,7 @@ def write(folder: Path, scale: str, *, plots: bool = True) -> int:
 
 
 def render(folder: Path, scale: str) -> list[Table]:
-    """The tables of all result files there are, Appendix I and J included; empty without any."""
+    """The tables of all result files there are, what has not been run, Appendix I and J; empty without any."""
     found: list[Table] = []
     rows: dict[str, dict[str, Any]] = {}
     for number in TABLES:
@@ -58,7 +59,8 @@ def render(folder: Path, scale: str) -> list[Table]:
             rows |= {row["key"]: row for row in file.rows}
     if not found:
         return []
-    return [*found, *filter(None, [timing(list(rows.values()))]), *flops.tables()]
+    held = list(rows.values())
+    return [*found, *filter(None, [not_run(held), timing(held)]), *flops.tables()]
 
 
 def tables_of(file: Paper) -> list[Table]:
@@ -82,14 +84,35 @@ def measure(rows: Rows) -> tuple[str, str, float, int]:
     return "val_accuracy", "accuracy, %", 100.0, 1
 
 
-def chosen(rows: Rows) -> list[dict[str, Any]]:
-    """Rows without the SR-STE runs that lost the tuning (all of them while it is not done)."""
+def not_run(rows: Rows) -> Table | None:
+    """The arms of every table without a row; None when there are none."""
+    keys, best = {row["key"] for row in rows}, tuned(rows)
+    lines = []
+    for number, groups in TABLES.items():
+        for group in groups:
+            wanted: dict[str, list[int]] = {}
+            for arm in arms_of(number, SEEDS, best):
+                if arm.group == group and arm.key not in keys:
+                    wanted.setdefault(arm.name, []).append(arm.seed)
+            if wanted:
+                lines.append([str(number), group, ", ".join(f"{arm} ({_list(set(seeds))})" for arm, seeds in wanted.items())])
+    untuned = [f"{method}: its other seeds wait for the tuning" for method, decay in sorted(best.items()) if decay is None]
+    return Table("Not run", ["table", "group", "arms (seeds)"], lines, remarks=untuned) if lines else None
+
+
+def chosen(rows: Rows, *, pending: bool = False) -> list[dict[str, Any]]:
+    """Rows without the SR-STE runs that lost the tuning; ``pending``: with all of them while it is not done."""
     best = tuned(rows)
-    return [row for row in rows if row["srste_lambda"] is None or row["srste_lambda"] == best.get(row["method"])]
+
+    def taken(row: dict[str, Any]) -> bool:
+        decay = best.get(row["method"])
+        return row["srste_lambda"] is None or (pending if decay is None else row["srste_lambda"] == decay)
+
+    return [row for row in rows if taken(row)]
 
 
 def values_of(rows: Rows) -> Values:
-    """Arm -> seed -> figure; re-training adds what was there before: "dense, at the start" and "one-shot prune"."""
+    """Arm -> seed -> figure of rows; re-training adds what was there before: "dense, at the start" and "one-shot prune"."""
     key, _, factor, _ = measure(rows)
     found: Values = {}
     for row in rows:
@@ -99,7 +122,7 @@ def values_of(rows: Rows) -> Values:
             if row["n"] is not None:
                 name = "one-shot prune" + ("" if row["n"] == 2 else f" {row['n']}:4")
                 found.setdefault(name, {})[row["seed"]] = factor * before["pruned"][key]
-    for row in chosen(rows):
+    for row in rows:
         found.setdefault(_title(row), {})[row["seed"]] = factor * row["figures"][key]
     return found
 
@@ -108,18 +131,20 @@ def means(title: str, file: Paper, group: str, rows: Rows) -> Table:
     """One line per arm: mean and sample deviation over seeds, each seed, turnover, length."""
     _, name, _, sign = measure(rows)
     by_arm: dict[str, list[dict[str, Any]]] = {}
-    for row in chosen(rows):
+    shown = chosen(rows, pending=True)
+    for row in shown:
         by_arm.setdefault(_title(row), []).append(row)
     lines = []
-    values = values_of(rows)
+    values = values_of(shown)
     for arm in sorted(values, key=lambda arm: -sign * statistics.fmean(values[arm].values())):
         held = by_arm.get(arm, [])
         turnover = [row["turnover"]["mean"] for row in held if row["turnover"]]
         seen = {row["tokens"] or row["images"] for row in held}
-        each = ", ".join(f"{value:.2f}" for _, value in sorted(values[arm].items()))
-        cells = [arm, spread(list(values[arm].values())), each, f"{100 * statistics.fmean(turnover):.2f} %" if turnover else ""]
+        each = ", ".join(f"{seed}: {value:.2f}" for seed, value in sorted(values[arm].items()))
+        cells = [arm, spread(list(values[arm].values())), str(len(values[arm])), each]
+        cells.append(f"{100 * statistics.fmean(turnover):.2f} %" if turnover else "")
         lines.append([*cells, _list({row["steps"] for row in held}), _list(seen)])
-    columns = ["arm", f"held-out {name}", "by seed", "turnover per update", "steps", "tokens or images"]
+    columns = ["arm", f"held-out {name}", "seeds", "by seed", "turnover per update", "steps", "tokens or images"]
     return Table(title, columns, lines, remarks=_protocol(file, group, rows))
 
 
@@ -144,7 +169,8 @@ def differences(title: str, rows: Rows) -> Table | None:
         made.append([f"{n}:4", arm, *(found.get(control, "") for control in names)])
     if not any(any(row[2:]) for row in made):
         return None
-    remark = f"mean difference ± its standard error (pairs); {'below' if sign < 0 else 'above'} 0 the arm is better than the control"
+    better = "below" if sign < 0 else "above"
+    remark = f"mean difference ± its standard error (number of seeds that both have); {better} 0 the arm is better than the control"
     return Table(f"{title}: {name}, differences by seed", ["", "arm", *(f"minus {c}" for c in names)], made, remarks=[remark])
 
 
@@ -209,12 +235,20 @@ def _protocol(file: Paper, group: str, rows: Rows) -> list[str]:
     size = f"{s['batch_size']} sequences of {s['seq_len']} tokens" if s["task"] == "text" else f"{s['batch_size']} images"
     devices = sorted({str(row["environment"].get("gpu")) for row in rows if row.get("environment")})
     commits = sorted({_commit(row["environment"].get("commit")) for row in rows if row.get("environment")})
+    own = {arm: get_method(arm).settings for arm in sorted({row["method"] for row in rows})}
+    others = [f"{arm}: {', '.join(f'{k} {v:g}' for k, v in values.items())}" for arm, values in own.items() if values]
     return [
-        f"protocol: {s['total_steps']:,} steps of {size}, {s['optimizer']}, learning rate {s['lr']:g}, warm-up {s['warmup_steps']:,}, "
-        f"weight decay {s['weight_decay']:g}",
+        f"protocol: {s['total_steps']:,} steps of {size}{_seen(s)}, {s['optimizer']}, learning rate {s['lr']:g}, "
+        f"warm-up {s['warmup_steps']:,}, weight decay {s['weight_decay']:g}",
         f"updates every {s['interval']} steps, zeta {s['zeta']:g}, T {s['t_start']:g} to {s['t_end']:g}",
+        *others,
         f"data: {data}; device: {', '.join(devices)}; commit {', '.join(commits)}; paper's scale and data differ",
     ]
+
+
+def _seen(s: Mapping[str, Any]) -> str:
+    """What all steps see at most: padding is no target."""
+    return f" (up to {s['total_steps'] * s['batch_size'] * s['seq_len'] / 1e6:.3g}M tokens)" if s["task"] == "text" else ""
 
 
 def _list(values: set[Any]) -> str:

@@ -40,7 +40,7 @@ class Paper:
 
     @classmethod
     def open(cls, path: Path, table: int, protocol: dict[str, Any]) -> Paper:
-        """The file to add rows to; a new one where there is none.
+        """The file to add rows to; a new one where there is none. Groups that it has no protocol of yet join it.
 
         Raises:
             ValueError: rows of another protocol are in it.
@@ -48,12 +48,15 @@ class Paper:
         if not path.exists():
             return cls(path, table, protocol)
         held = cls.load(path)
-        if held.protocol != protocol:
-            differing = sorted(_differing(held.protocol, protocol))
+        # One invocation may know of fewer groups than another: it had the data of one model only.
+        groups = protocol["groups"] | held.protocol["groups"]
+        protocol = {**protocol, "groups": held.protocol["groups"] | protocol["groups"]}
+        if differing := sorted(_differing({**held.protocol, "groups": groups}, protocol)):
             raise ValueError(
                 f"{path}: must have this invocation's protocol, got other {', '.join(differing)}; give the same --data and "
-                "--scale as before, or move the file away"
+                "--scale as before, leave a model out (--model), or move the file away"
             )
+        held.protocol = protocol
         return held
 
     def save(self) -> None:

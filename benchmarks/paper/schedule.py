@@ -12,13 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.paper.arms import collect, folder_of, forget, has_checkpoint, is_finished, train_arm
-from benchmarks.paper.protocol import ROOT, Arm, Places, arms_of, fingerprint
+from benchmarks.paper.protocol import GROUPS, RETRAIN, ROOT, Arm, Places, arms_of, config_of, fingerprint, urgency
 from benchmarks.paper.results import Paper, tuned
 from chts_train.methods import get_method
 
-COMPILING_S = 15.0
-"""What compiling a model with another kind of layer takes, about."""
+COMPILING_S = 20.0
+"""What starting and the last evaluation take, about, where a model with another kind of layer has to be compiled."""
+STEP_S = {"llama": 0.0136, "vit": 0.013}
+"""Seconds of a step at the scale "reduced" on one H100, about: while no row tells. The ViT's is a guess."""
 GRACE_S = 45.0
 """How long a stopped arm may take to save its checkpoint."""
 
@@ -42,10 +46,11 @@ class Plan:
     say: Callable[[str], None] = print
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     compile: str = "auto"
+    models: Sequence[str] = GROUPS
     whole: bool = False
     """Arms are trained from beginning to end, without checkpoints; none is begun for which the time left is too short."""
     seconds_of: dict[tuple[str, str, int], float] = field(default_factory=dict)
-    """:func:`_program` -> what the quickest such arm of this invocation took."""
+    """:func:`_program` -> seconds per step, start-up and evaluations included, of the quickest such arm of this invocation."""
     jobs_of: dict[str, int] = field(default_factory=dict)
     """Key -> the most arms that shared the device with an arm, itself included, in this invocation."""
 
@@ -57,7 +62,7 @@ class Plan:
                 self.known[row["key"]] = row
 
     def wanted(self, file: Paper) -> list[Arm]:
-        return arms_of(file.table, self.seeds, tuned(self.known.values()), self.only)
+        return arms_of(file.table, self.seeds, tuned(self.known.values()), self.only, self.models)
 
     def folder(self, arm: Arm) -> Path:
         return folder_of(arm, self.scale, self.held, self.home)
@@ -76,7 +81,7 @@ class Plan:
                 file.save()
 
     def waiting(self) -> list[Arm]:
-        """Arms still to train whose dense model is there: begun ones first; then table by table, 2:4 before 1:4, seed by seed."""
+        """Arms still to train whose dense model is there: begun ones first, those that failed before last; then table by table."""
         found: dict[str, Arm] = {}
         for file in self.files:
             for arm in self.wanted(file):
@@ -89,20 +94,27 @@ class Plan:
         order = {key: number for number, key in enumerate(found)}  # of tables, and of methods in a table
         tables = {arm.key: number for number, file in reversed([*enumerate(self.files)]) for arm in self.wanted(file)}
 
-        def urgency(arm: Arm) -> tuple[Any, ...]:
-            begun, method = has_checkpoint(self.folder(arm)), get_method(arm.method)
-            return not begun, tables.get(arm.key, 0), method.kind != "dense" and method.n == 1, arm.seed, order[arm.key]
+        def place(arm: Arm) -> tuple[Any, ...]:
+            begun = has_checkpoint(self.folder(arm))
+            return self.failure(arm).exists(), not begun, tables.get(arm.key, 0), urgency(arm), order[arm.key]
 
-        return sorted(found.values(), key=urgency)
+        return sorted(found.values(), key=place)
+
+    def failure(self, arm: Arm) -> Path:
+        """A file that is there when the arm has failed: others come first from then on, also in the next invocation."""
+        return self.home / "failed" / self.folder(arm).name
 
     def expected(self, arm: Arm) -> float:
-        """Seconds that the arm will take, as far as this invocation's arms, or rows of earlier ones, tell; 0 when nothing does."""
+        """Seconds that the arm will take: what the same program took in this invocation, else by the steps of rows, else by STEP_S."""
+        steps = config_of(arm, self.scale, self.places).total_steps
         if _program(arm) in self.seconds_of:
-            return 1.05 * self.seconds_of[_program(arm)]
-        here = [seconds for (group, *_), seconds in self.seconds_of.items() if group == arm.group]
-        # What was timed before was without start-up; another kind of layer has to be compiled first.
-        there = [row["seconds"] for row in self.known.values() if row["group"] == arm.group]
-        return max((1.1 * seconds + COMPILING_S for seconds in here or there), default=0.0)
+            return 1.05 * steps * self.seconds_of[_program(arm)]
+        # Rows have seconds without start-up and evaluations; another kind of layer has to be compiled first.
+        group = arm.group.removesuffix(RETRAIN)
+        known = [row["seconds"] / row["steps"] for row in self.known.values() if row["group"].removesuffix(RETRAIN) == group]
+        if not known and self.scale == "reduced":
+            known = [STEP_S[group]]
+        return 1.1 * steps * max(known) + COMPILING_S if known else 0.0
 
     def left(self) -> int:
         """Arms of the tables without a row (the SR-STE runs that wait for the tuning are not among them yet)."""
@@ -131,6 +143,7 @@ def run(plan: Plan, deadline: float, jobs: int, data: Path | None) -> list[str]:
                     del running[key]
                     if not is_finished(plan.folder(arm)) and not stopped:
                         failed[key] = f"{key}: exit status {process.returncode}: {_last_words(plan, arm)}"
+                        _note_failure(plan, arm)
                     _tell(plan, arm, failed)
             plan.record()
             ready = [arm for arm in plan.waiting() if arm.key not in failed and arm.key not in running]
@@ -138,7 +151,8 @@ def run(plan: Plan, deadline: float, jobs: int, data: Path | None) -> list[str]:
             if plan.whole:
                 ready = [arm for arm in ready if plan.expected(arm) <= deadline - now]
             if now < deadline and ready and jobs == 0:
-                _here(plan, ready[0], deadline - now, failed)
+                if not _here(plan, ready[0], deadline - now, failed):
+                    return list(failed.values())
                 continue
             while now < deadline and ready and len(running) < jobs:
                 arm = ready.pop(0)
@@ -176,19 +190,42 @@ def _start(plan: Plan, arm: Arm, jobs: int, data: Path | None) -> subprocess.Pop
         )  # fmt: skip
 
 
-def _here(plan: Plan, arm: Arm, seconds: float, failed: dict[str, str]) -> None:
+def _here(plan: Plan, arm: Arm, seconds: float, failed: dict[str, str]) -> bool:
+    """Train an arm in this process; False when no other one can follow: a signal came, or the GPU is lost to this process."""
     plan.jobs_of[arm.key] = 1
     start = time.monotonic()
+    stopped = False
     try:
-        train_arm(arm, plan.scale, plan.held, plan.home, seconds, compile=plan.compile, whole=plan.whole)
+        stopped = not train_arm(arm, plan.scale, plan.held, plan.home, seconds, compile=plan.compile, whole=plan.whole)
     except Exception as error:  # whatever one arm dies of, the others are still wanted
         failed[arm.key] = f"{arm.key}: {type(error).__name__}: {error}"
+        _note_failure(plan, arm)
     gc.collect()  # the arm's captured graphs and their memory
+    usable = _free_memory()
     taken = time.monotonic() - start
     if is_finished(plan.folder(arm)):
         # The first one compiled.
-        plan.seconds_of[_program(arm)] = min(taken, plan.seconds_of.get(_program(arm), taken))
+        each = taken / config_of(arm, plan.scale, plan.places).total_steps
+        plan.seconds_of[_program(arm)] = min(each, plan.seconds_of.get(_program(arm), each))
     _tell(plan, arm, failed, f" in {taken:.1f} s")
+    plan.record()
+    return usable and not stopped
+
+
+def _free_memory() -> bool:
+    """Give unused memory back; False when the GPU answers nothing but errors from now on."""
+    if torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
+
+
+def _note_failure(plan: Plan, arm: Arm) -> None:
+    plan.failure(arm).parent.mkdir(parents=True, exist_ok=True)
+    plan.failure(arm).touch()
 
 
 def _program(arm: Arm) -> tuple[str, str, int]:

@@ -11,7 +11,17 @@ import torch
 
 from benchmarks.paper import arms, flops, report, schedule
 from benchmarks.paper.__main__ import main
-from benchmarks.paper.protocol import LAMBDAS, TABLES, Arm, Places, arms_of, config_of, fingerprint, method_name
+from benchmarks.paper.protocol import (
+    LAMBDAS,
+    TABLES,
+    Arm,
+    Places,
+    arms_of,
+    config_of,
+    fingerprint,
+    method_name,
+    protocol_of,
+)
 from benchmarks.paper.results import Paper, path_of, tuned
 from chts_train.configs import preset
 
@@ -55,6 +65,51 @@ def test_srste_is_tuned_on_seed_0_before_other_seeds_run() -> None:
     assert tuned(rows[:2]) == {"srste24": None} and tuned(rows) == {"srste24": LAMBDAS[1]}
     after = [arm.key for arm in arms_of(1, [1, 2], tuned(rows), ["srste24"])]
     assert set(after) - set(first) == {"llama/srste24@0.0002/s1", "llama/srste24@0.0002/s2"}
+
+
+def test_what_decides_most_comes_first(tmp_path: Path) -> None:
+    plan = schedule.Plan([Paper(tmp_path / "table1.json", 1, {})], [0, 1, 2], [], "tiny", Places(), Places(), tmp_path)
+    names = [arm.key.removeprefix("llama/") for arm in plan.waiting()]
+    first = "dense chts24 random-regrow static srste24@6e-05 srste24@0.0002 srste24@0.0006 ste24 rigl24 random-moves "
+    first += "chts14 static14 srste14@6e-05 srste14@0.0002 srste14@0.0006 rigl14"
+    assert names[:16] == [f"{name}/s0" for name in first.split()]
+    assert names[16:18] == ["dense/s1", "chts24/s1"] and names[-1] == "random-moves14/s2" and len(set(names)) == len(names)
+    for arm in plan.waiting()[:1]:
+        schedule._note_failure(plan, arm)
+    assert plan.waiting()[-1].key == "llama/dense/s0"  # another try only after all others
+
+
+def test_files_take_groups_that_come_later(tmp_path: Path) -> None:
+    path, places = path_of(tmp_path, 3, "tiny"), Places()
+    Paper.open(path, 3, protocol_of(3, "tiny", places, ["vit"])).save()
+    more = Paper.open(path, 3, protocol_of(3, "tiny", places, ["llama"]))
+    assert set(more.protocol["groups"]) == set(TABLES[3])
+    more.save()
+    with pytest.raises(ValueError, match=r"groups\.vit\.data\.spec"):
+        Paper.open(path, 3, protocol_of(3, "tiny", Places(images="/x/cifar10_jpeg.npz"), ["vit"]))
+    assert {arm.group for arm in arms_of(3, [0], {}, models=["llama"])} == {"llama", "llama-retrain"}
+
+
+def test_what_was_not_run_is_listed() -> None:
+    def row(arm: Arm) -> dict:
+        return {"key": arm.key, "method": arm.method, "seed": arm.seed, "srste_lambda": arm.decay, "figures": {"val_loss": 1.0}}
+
+    done = [arm for arm in arms_of(1, [0, 1], {"srste24": LAMBDAS[0], "srste14": None}) if arm.method != "static14"]
+    table = report.not_run([row(arm) for arm in done])
+    lines = {(line[0], line[1]): line[2] for line in table.rows}
+    assert all(text in lines["1", "llama"] for text in ("static14 (0, 1, 2)", "chts24 (2)", "srste24@6e-05 (2)"))
+    assert lines["2", "llama"] == "greedy (0, 1, 2), soft-regrow (0, 1, 2), chts24 (2)" and ("3", "vit-retrain") in lines
+    everything = [arm for t in TABLES for arm in arms_of(t, [0, 1, 2], {"srste24": LAMBDAS[0], "srste14": LAMBDAS[0]})]
+    assert report.not_run([row(arm) for arm in everything]) is None
+
+
+def test_a_lost_gpu_ends_the_invocation(tmp_path: Path, monkeypatch) -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(schedule.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(schedule.torch.cuda, "synchronize", lost)
+    assert not schedule._free_memory()
 
 
 def test_fingerprints_know_protocols_not_places() -> None:
@@ -119,8 +174,8 @@ def stop_in_the_middle(monkeypatch) -> None:
     here = schedule._here
 
     def once(*arguments):
-        here(*arguments)
-        monkeypatch.setattr(schedule.time, "monotonic", lambda: float("inf"))
+        assert not here(*arguments)  # a signal from outside ends the invocation, not only the arm
+        return False
 
     monkeypatch.setattr(schedule, "_here", once)
 
@@ -192,10 +247,14 @@ def test_how_long_an_arm_is_expected_to_take() -> None:
     plan = schedule.Plan([], [0], [], "tiny", Places(), Places(), Path("nowhere"))
     dense, chts, other = (Arm("llama", method, 0) for method in ("dense", "chts24", "random-regrow"))
     assert plan.expected(dense) == 0  # nothing is known
-    plan.known["llama/dense/s1"] = {"group": "llama", "seconds": 40.0}
+    plan.known["llama/dense/s1"] = {"group": "llama", "seconds": 40.0, "steps": 24}
     assert plan.expected(dense) == pytest.approx(44 + schedule.COMPILING_S)
-    plan.seconds_of[schedule._program(chts)] = 50.0
-    assert plan.expected(other) == pytest.approx(52.5) and plan.expected(dense) == pytest.approx(55 + schedule.COMPILING_S)
+    assert plan.expected(Arm("llama-retrain", "chts24", 0)) == pytest.approx(22 + schedule.COMPILING_S)  # half the steps
+    assert plan.expected(Arm("vit", "dense", 0)) == 0
+    plan.seconds_of[schedule._program(chts)] = 50.0 / 24  # that one's start is paid
+    assert plan.expected(other) == pytest.approx(52.5) and plan.expected(dense) == pytest.approx(44 + schedule.COMPILING_S)
+    plan = schedule.Plan([], [0], [], "reduced", Places(), Places(), Path("nowhere"))
+    assert 70 < plan.expected(dense) < 90  # one H100, before anything is known
 
 
 def test_other_protocols_are_refused(call, tmp_path: Path, capsys) -> None:
@@ -217,6 +276,16 @@ def test_paired_differences() -> None:
     table = report.differences("T", rows)
     line = next(r for r in table.rows if r[1] == "chts24")
     assert line[table.columns.index("minus static")] == "-2.00 ± 0.58 (3)"
+
+    # SR-STE: all runs are shown while the tuning is not done, and compared once it is, by the chosen one.
+    tried = [row("srste24", 0, 50.0 + i) | {"srste_lambda": d, "arm": f"srste24@{d:g}"} for i, d in enumerate(LAMBDAS)]
+    for i, r in enumerate(tried):
+        r["figures"]["val_loss"] = 3.0 + i
+    assert [len(report.chosen(rows + tried[:2], pending=p)) - len(rows) for p in (True, False)] == [2, 0]
+    table = report.differences("T", rows + tried)
+    line = next(r for r in table.rows if r[1] == "chts24")
+    assert line[table.columns.index("minus srste")] == "-10.00 (1)"
+    assert {r[1] for r in table.rows} == {"chts24", "static", "srste24@6e-05"}
     assert report.spread([1.0, 3.0]) == "2.00 ± 1.41" and report.spread([2.0]) == "2.00 (one seed)"
 
 
