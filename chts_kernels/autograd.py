@@ -41,7 +41,9 @@ class SparseMatmul(torch.autograd.Function):
         tokens = x if x.dim() == 2 else x.reshape(-1, columns)
         packed = packed_in_graph(tokens, w, impl)
         # What a compiled graph packed serves both passes, and lives between them like an activation.
-        ctx.save_for_backward(tokens if ctx.needs_input_grad[1] else None, values, w.ids, *packed[2:])
+        # Eagerly x is saved as it came, as with a route: activation checkpointing compares the shapes of what a repeated pass saves.
+        saved = tokens if packed else x
+        ctx.save_for_backward(saved if ctx.needs_input_grad[1] else None, values, w.ids, *packed[2:])
         if packed:
             y = SPMM(tokens, values, w.ids, w.n, bias, *packed[:2], impl=impl)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from chts_kernels import SparseWeight, input_grad, spmm, target
 from chts_kernels.ops import _library
@@ -116,6 +117,17 @@ def test_gradients_flow_through_the_route(plans, monkeypatch):
         w.values.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("leading", [(6,), (2, 3)])
+def test_a_checkpointed_first_pass_is_repeated_by_the_route(plans, monkeypatch, leading):
+    import chts_kernels.autograd as autograd
+
+    monkeypatch.setattr(autograd, "WEIGHT_GRAD", lambda dy, x, ids, n, dtype, impl: dy.new_zeros(32, 24))
+    w, x = weight(), torch.randn(*leading, 48).to(BF16).requires_grad_()
+    y = checkpoint(lambda x: spmm(x, w), x, use_reentrant=False, preserve_rng_state=False)
+    y.backward(torch.ones_like(y))  # torch compares shapes and dtypes of what both passes save
+    assert launches(plans) == {(6, 32, 48): 1, (6, 48, 32): 0} and x.grad.shape == x.shape
 
 
 def test_operands_are_refreshed_on_the_way(plans, monkeypatch):
