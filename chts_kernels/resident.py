@@ -48,7 +48,8 @@ class ResidentOperands(Operands):
         dtype: bfloat16 or float16.
 
     Raises:
-        RuntimeError: inside a CUDA graph capture, which would own the memory.
+        RuntimeError: inside a CUDA graph capture, which would own the memory; for tensors made in inference mode, whose writes
+            cannot be noticed.
     """
 
     __slots__ = ("__weakref__", "owner")
@@ -57,6 +58,9 @@ class ResidentOperands(Operands):
     def __init__(self, values: torch.Tensor, ids: torch.Tensor, n: int, dtype: torch.dtype) -> None:
         if values.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("operands: must be made resident outside of CUDA graph captures, got one under way")
+        for name, tensor in (("values", values), ("ids", ids)):
+            if tensor.is_inference():
+                raise RuntimeError(f"{name}: must not be made in inference mode where operands are resident, got an inference tensor")
         super().__init__()
         self._freshness = _Followed()
         self.pack(values, ids, n, dtype)

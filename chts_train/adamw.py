@@ -185,6 +185,8 @@ class FusedAdamW(torch.optim.AdamW):
         if found_inf is not None:
             torch._foreach_sub_(steps, [found_inf] * len(steps))
         if operand_dtype is None:
+            for layer in layers:  # resident ones that this launch could not write: another implementation was asked for
+                layer.follow_with_operands()
             return []
         for layer in layers:
             layer._operands.mark(layer.values, layer.ids)

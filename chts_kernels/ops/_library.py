@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.autograd import profiler
+from torch.autograd import forward_ad, profiler
 
 from .. import check
 
@@ -32,8 +32,11 @@ _empty_strided_cuda = getattr(getattr(torch._C._dynamo, "guards", None), "_empty
 
 
 def unwatched() -> bool:
-    """Whether calls of this thread are run as they come: not compiled, transformed, intercepted or recorded under their names."""
-    return not (_is_compiling() or _dispatch_modes() or _transforms() or profiler._is_profiler_enabled)
+    """Whether calls of this thread are run as they come: not compiled, transformed, intercepted, recorded under their names or
+    followed by forward-mode differentiation."""
+    return not (
+        _is_compiling() or _dispatch_modes() or _transforms() or profiler._is_profiler_enabled or forward_ad._current_level >= 0
+    )
 
 
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

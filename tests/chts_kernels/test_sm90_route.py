@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from chts_kernels import SparseWeight, input_grad, spmm, target
@@ -200,3 +201,15 @@ def test_the_table_of_routes_is_bounded(plans, monkeypatch):
     for tokens in range(1, 20):
         call(torch.randn(tokens, 48).to(BF16), w)
         assert 0 < len(route._ROUTES) <= 4
+
+
+@pytest.mark.parametrize("grad", (True, False))
+def test_forward_mode_is_refused_with_and_without_a_route(plans, grad):
+    w, x = weight(), torch.randn(5, 48).to(BF16)
+    w.values.requires_grad_(grad)
+    for _ in range(2):  # the second time there is a route
+        with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(NotImplementedError):
+                spmm(dual, w)
+        assert spmm(x, w).shape == (5, 32)

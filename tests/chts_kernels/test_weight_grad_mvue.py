@@ -136,6 +136,7 @@ def test_errors_name_the_argument() -> None:
             weight_grad_mvue(dy, x, w.ids, **options)
     with pytest.raises(TypeError, match="^dy: must have dtype"):
         weight_grad_mvue(dy.double(), x.double(), w.ids, seed=0)
-    for option, name in (("mvue", "weight_grad"), (Mvue24(seed=-1), "weight_grad.seed"), (Mvue24(counter=3), "weight_grad.counter")):
+    for option, name in (("mvue", "weight_grad"), (Mvue24(seed=-1), "weight_grad.seed"), (Mvue24(counter=3), "weight_grad.counter"),
+                         (Mvue24(counter=torch.zeros((), dtype=torch.int64, device="meta")), "weight_grad.counter")):
         with pytest.raises((ValueError, TypeError), match=f"^{name}:"):
             spmm(x, w, weight_grad=option)

@@ -500,3 +500,22 @@ def test_captures_do_not_own_resident_operands():
     with torch.cuda.graph(torch.cuda.CUDAGraph()), pytest.raises(RuntimeError, match="outside of CUDA graph captures"):
         make_operands_resident_(model)
     assert model[0].resident_operands is None
+
+
+@pytest.mark.parametrize("moment_dtype", (None, torch.bfloat16))
+def test_the_optimizer_follows_a_layer_that_is_told_to_use_the_reference_later(moment_dtype):
+    model = build()
+    optimizer = FusedAdamW(model.parameters(), lr=1e-2, model=model, resident_operands=DTYPE, moment_dtype=moment_dtype)
+    model[0].impl = "reference"
+    for step in range(3):
+        draw_gradients(model, step)
+        optimizer.step()
+        assert follows(model)
+
+
+def test_inference_tensors_have_no_resident_operands():
+    with torch.inference_mode():
+        layer = SparseLinear(16, 16)
+    with pytest.raises(RuntimeError, match="^values: must not be made in inference mode"):
+        layer.resident_operands = DTYPE
+    assert layer.resident_operands is None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
+from torch.autograd import forward_ad
 
 from ... import check, target
 from ...patterns import BLOCK
@@ -209,6 +210,8 @@ def spmm(
     late = _late_imports() if torch.compiler.is_compiling() else _cached_late_imports()
     SparseMatmul, apply_eagerly, SparseWeight = late
     noise = None if weight_grad == "exact" else estimator(weight_grad)
+    if noise is not None and noise.counter is not None and isinstance(x, torch.Tensor) and noise.counter.device != x.device:
+        check.same_device(**{"x": x, "weight_grad.counter": noise.counter})
     found = route.find(x, w, bias, impl, False) if type(w) is SparseWeight else None
     if found is not None:
         values = w.values
@@ -234,7 +237,8 @@ def spmm(
         x = x.to(dtype)
     if x.is_cuda and not torch.compiler.is_compiling() and SPMM.select(impl, x) is _spmm_wgmma_sp:
         route.add(x, w, bias, impl, False)
-    if not torch.is_grad_enabled():  # spares inference the bookkeeping of autograd
+    # Spares inference the bookkeeping of autograd, which refuses forward-mode differentiation.
+    if not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0):
         y = forward(x if x.dim() == 2 else x.reshape(-1, columns), w, bias, impl)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], rows)
     return SparseMatmul.apply(x, values, bias, w, impl, None, noise)
