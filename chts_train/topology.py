@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -251,15 +252,16 @@ class TopologyEvolver:
         score_mean, score_var (over the links before the update), score_mean_survivors, score_var_survivors, link_age_mean
         (in updates).
         """
+        read = _read([number for figures in self._figures.values() for number in figures["device"].values()])
         rows = []
         for name, figures in self._figures.items():
             layer = self.layers[name]
-            numbers = figures["device"]
-            read = torch.stack(list(numbers.values())).tolist() if numbers else []
-            values = dict(zip(numbers, read, strict=True)) if numbers else {}
+            values = {key: next(read) for key in figures["device"]}
             for key in ("can_change_blocks", "replaced"):
                 if key in values:
                     values[key] = int(values[key])
+            if "link_age_mean" in values:
+                values["link_age_mean"] /= layer.values.numel()
             rows.append(
                 {"name": name, "n": layer.n, "links": layer.values.numel(), "blocks": layer.ids.numel(),
                  "removed": figures["removed"], **values}
@@ -339,8 +341,9 @@ class TopologyEvolver:
     def _update(self, moments: dict[str, list[torch.Tensor]]) -> None:
         # Layers go in one call for each implementation and device, so that equal shapes share launches.
         groups: dict[tuple[str, torch.device], list[tuple[int, str, SparseLinear]]] = {}
+        ages = self._older()
         for index, (name, layer) in enumerate(self.layers.items()):
-            moments[name] = [*moments[name], self._older(name, layer)]
+            moments[name] = [*moments[name], ages[name]]
             # A kernel's name names the products; the update knows only one reference and one kernel.
             impl = "reference" if layer.impl == "reference" else "auto"
             if is_dtensor(layer.values):
@@ -373,9 +376,10 @@ class TopologyEvolver:
         self._note(name, result)
 
     def _move(self, moments: dict[str, list[torch.Tensor]]) -> None:
-        members = []
-        for index, (name, layer) in enumerate(self.layers.items()):
-            members.append((index, name, layer, [*moments[name], self._older(name, layer)]))
+        ages = self._older()
+        members = [
+            (index, name, layer, [*moments[name], ages[name]]) for index, (name, layer) in enumerate(self.layers.items())
+        ]
         for name, result in move_many(members, self._gradients, **self._rule()):
             self._note(name, result)
         self.updates += 1
@@ -390,17 +394,18 @@ class TopologyEvolver:
     def _note(self, name: str, result: Evolution) -> None:
         numbers = {}
         if result.stats:
-            age = self.ages[name]
-            total = gathered(age.sum(dtype=torch.int64), self.layers[name].ids.device)
-            numbers = {**result.stats, "link_age_mean": total.double() / age.numel()}
+            total = gathered(self.ages[name].sum(dtype=torch.int64), self.layers[name].ids.device)
+            numbers = {**result.stats, "link_age_mean": total}  # divided when it is read
         self._figures[name] = {"removed": result.removed, "device": numbers}
 
-    def _older(self, name: str, layer: SparseLinear) -> torch.Tensor:
-        """The ages of the layer's links, one update more."""
-        age = self._age(name, layer)
-        local = age.to_local() if is_dtensor(age) else age
-        local += local < MAX_AGE
-        return age
+    def _older(self) -> dict[str, torch.Tensor]:
+        """The ages of every layer's links, one update more."""
+        ages = {name: self._age(name, layer) for name, layer in self.layers.items()}
+        local = [age.to_local() if is_dtensor(age) else age for age in ages.values()]
+        if local:
+            torch._foreach_clamp_max_(local, MAX_AGE - 1)
+            torch._foreach_add_(local, 1)
+        return ages
 
     def _age(self, name: str, layer: SparseLinear) -> torch.Tensor:
         if self.ages[name].device != layer.values.device:  # the model moved after the evolver was built
@@ -480,6 +485,17 @@ class TopologyEvolver:
             for group, lr in zip(self.optimizer.param_groups, self._true_lrs, strict=True):
                 _set_lr(group, lr)
             self._true_lrs = None
+
+
+def _read(numbers: list[torch.Tensor]) -> Iterator[float | int]:
+    """0-dim tensors as numbers, in their order: one transfer for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for place, number in enumerate(numbers):
+        groups.setdefault((number.device, number.dtype), []).append(place)
+    read: dict[int, float | int] = {}
+    for places in groups.values():
+        read |= dict(zip(places, torch.stack([numbers[place] for place in places]).tolist(), strict=True))
+    return iter([read[place] for place in range(len(numbers))])
 
 
 def _scale_lr(group: dict[str, Any], scale: float) -> Any:

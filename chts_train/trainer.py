@@ -170,6 +170,7 @@ class Trainer:
         )
         self._loss = torch.zeros((), dtype=torch.float64, device=self.device)
         self._window = (0, 0.0)  # targets seen and seconds at the last line of the log
+        self._unlogged: tuple[int, dict[str, float]] | None = None  # step and settings of an update whose figures are on the device
         self._figures: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation and its step
         self._saved: Path | None = None  # the checkpoint of this very step
         self._resumed: Path | None = None
@@ -275,8 +276,10 @@ class Trainer:
         counters.step += 1
         counters.seen += total
         counters.loss_steps += 1
+        if self.evolver is not None and self.schedule.is_update(counters.step):
+            self._log_update()  # the one before
         if self.evolver is not None and not self.evolver.step():
-            self._log_update()
+            self._unlogged = counters.step, {"zeta": self.evolver.zeta, "T": self.evolver.temperature}
         elif self.graphs is not None:
             self.graphs.step(1.0 if self.evolver is None else self.schedule.lr_scale(counters.step))
         else:
@@ -297,12 +300,15 @@ class Trainer:
         self._loss += loss.detach().double() * share
 
     def _log_update(self) -> None:
+        """Log the last update if it is not logged yet. Not at once: reading its figures waits for the device."""
+        if self._unlogged is None:
+            return
+        (step, facts), self._unlogged = self._unlogged, None
         layers = self.evolver.stats()
         summary = update_summary(layers)
         self.counters.turnover = summary["turnover"]
-        facts = {"zeta": self.evolver.zeta, "T": self.evolver.temperature}
-        self.log.write("update", self.counters.step, **facts, **summary)
-        self.update_log.write("update", self.counters.step, **facts, layers=layers)
+        self.log.write("update", step, **facts, **summary)
+        self.update_log.write("update", step, **facts, layers=layers)
 
     def _log_train(self) -> dict[str, Any]:
         self._read_loss()
@@ -326,6 +332,7 @@ class Trainer:
         """Take the sum of losses from the device, where it grows without waiting, and check it."""
         start = time.monotonic()
         loss = self.processes.sum_(self._loss).item()
+        self._log_update()
         self.counters.seconds += time.monotonic() - start  # a GPU was still training
         self._loss.zero_()
         self.counters.loss_sum += loss

@@ -207,6 +207,26 @@ def test_stats():
         assert row["link_age_mean"] == pytest.approx(1 - new_links / 1024)  # kept links are one update old
 
 
+def test_reading_the_figures_of_all_layers_waits_for_the_device_twice(monkeypatch):
+    model, optimizer, schedule = _setup(zeta=0.3)
+    evolver = TopologyEvolver(model, optimizer, schedule)
+    _run(model, optimizer, evolver, 10, False)
+    reads = []
+    read = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: reads.append(self.dtype) or read(self))
+    evolver.stats()
+    assert sorted(map(str, reads)) == ["torch.float64", "torch.int64"]  # of all layers together
+
+
+def test_ages_end_at_255():
+    model, optimizer, schedule = _setup(zeta=0.0)
+    evolver = TopologyEvolver(model, optimizer, schedule)
+    for age, start in zip(evolver.ages.values(), (0, 254), strict=True):
+        age.fill_(start)
+    _run(model, optimizer, evolver, 20, False)
+    assert [int(age.max()) for age in evolver.ages.values()] == [2, 255]
+
+
 def test_state_dict_resumes_bit_for_bit():
     model, optimizer, schedule = _setup()
     evolver = TopologyEvolver(model, optimizer, schedule, seed=4)

@@ -249,6 +249,15 @@ def test_updates_take_the_place_of_optimizer_steps(tmp_path, micro, quiet):
     assert {layer["name"] for layer in layers[0]["layers"]} == set(sparse_layers(trainer.model))
 
 
+def test_updates_are_logged_with_their_own_figures_however_late_they_are_read(tmp_path, micro, quiet):
+    found = []
+    for interval in (1, 12):
+        run = tmp_path / str(interval)
+        train(micro(), run, replace(quiet, log_interval=interval))
+        found.append((rows(run, "update"), list(read_metrics(run / UPDATES))))
+    assert len(found[0][0]) == 3 and found[0] == found[1]
+
+
 def test_the_log_of_a_run(tmp_path, micro, quiet):
     outcome = train(micro(), tmp_path / "run", quiet)
     start, *_ = read_metrics(tmp_path / "run" / METRICS)
