@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -26,53 +20,33 @@ from chts_train.distributed import (
     unwrapped,
     whole_tree,
 )
-from tests.chts_train.jobs.checks import NAMES
+from tests.chts_train.jobs.launch import NAMES, read, require_ok, start
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 # Compiling takes most of the time, and a third process adds nothing to it.
-CASES = [(world, name) for world in (2, 3) for name in NAMES if world == 2 or "compiled" not in name]
-
-
-def start(folder: Path, world: int, names: list[str]) -> None:
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    processes = []
-    for rank in range(world):
-        with open(folder / f"{world}-{rank}.log", "w") as log:
-            processes.append(
-                subprocess.Popen([sys.executable, "-m", "tests.chts_train.jobs", folder, *names], cwd=root, stdout=log, stderr=log,
-                                 env={**environment, "RANK": str(rank)})
-            )  # fmt: skip
-    for process in processes:
-        try:
-            process.wait(240)
-        except subprocess.TimeoutExpired:
-            process.kill()
+CASES = [(world, name) for world in (2, 3) for name in NAMES if world == 2 or "compiled" not in name] + [(1, "back_on_one")]
 
 
 @pytest.fixture(scope="session")
 def jobs(tmp_path_factory, text_folder):
-    """{world: [results of every rank]}. The jobs hand their distributed checkpoint on: 1 -> 2 -> 3 processes."""
+    """{world: [results of every rank]}. The jobs hand their distributed checkpoint on: 1 -> 2 -> 3 processes, and 2 -> 1."""
     folder = tmp_path_factory.mktemp("jobs")
     (folder / "text").symlink_to(text_folder)
     start(folder, 1, ["first_checkpoint"])
     results = {}
     for world in (2, 3):
         start(folder, world, [name for name in NAMES if (world, name) in CASES])
-        files = [folder / f"{world}-{rank}.json" for rank in range(world)]
-        logs = "\n".join((folder / f"{world}-{rank}.log").read_text()[-2000:] for rank in range(world))
-        results[world] = [json.loads(f.read_text()) if f.exists() else {"log": logs} for f in files]
+        results[world] = read(folder, world)
+    start(folder, 1, ["back_on_one"])
+    results[1] = read(folder, 1)
     return results
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("world", "name"), CASES)
 def test_in_a_job(jobs, world, name):
-    found = {rank: result.get(name, f"not reached, after {result}") for rank, result in enumerate(jobs[world])}
-    wrong = {rank: text for rank, text in found.items() if text != "ok"}
-    assert not wrong, "\n".join(f"rank {rank}: {text}" for rank, text in wrong.items())
+    require_ok(jobs[world], [name])
 
 
 # --- without other processes

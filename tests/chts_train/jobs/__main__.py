@@ -1,6 +1,7 @@
-"""One rank of a small gloo job: ``python -m tests.chts_train.jobs FOLDER CHECK...``, started by test_distributed.py.
+"""One rank of a small job: ``python -m tests.chts_train.jobs FOLDER CHECK...``, started by :mod:`tests.chts_train.jobs.launch`.
 
-Each check compares with a single process, which every rank computes for itself. Results go to ``FOLDER/<world>-<rank>.json``.
+Over gloo, or with ``JOBS_DEVICE=cuda`` over NCCL with a GPU for each rank. Each check compares with a single process, which every
+rank computes for itself. Results go to ``FOLDER/<world>-<rank>.json``.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ import torch
 import torch.distributed as dist
 
 from . import checks
-from .common import FOLDER, RANK, WORLD
+from .common import DEVICE, FOLDER, RANK, WORLD
 
 
 def main() -> None:
     torch.set_num_threads(1)
     results = {}
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
     if WORLD > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{FOLDER}/store-{WORLD}", rank=RANK, world_size=WORLD, timeout=timedelta(seconds=60)
-        )
+        backend, store = "gloo" if DEVICE.type == "cpu" else "cpu:gloo,cuda:nccl", f"file://{FOLDER}/store-{WORLD}"
+        dist.init_process_group(backend, store, timedelta(seconds=60), WORLD, RANK)
     for name in sys.argv[2:]:
         start = time.process_time()
         try:

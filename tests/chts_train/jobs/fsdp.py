@@ -9,7 +9,7 @@ from chts_kernels import SparseWeight, evolve
 from chts_train import SparseLinear, SparsityConfig, TopologyEvolver, sparsify_
 from chts_train.distributed import first_row, reshard
 
-from .common import RANK, SCHEDULE, STEPS, WORLD, batch, close, make, mine, same, shard, single, train
+from .common import DEVICE, RANK, SCHEDULE, STEPS, WORLD, batch, close, make, mine, same, shard, single, train
 
 
 def check_fsdp_is_a_single_process():
@@ -129,13 +129,13 @@ def check_hybrid_sharding_and_a_layout_that_is_refused():
     from torch.distributed.tensor import Shard
 
     for shape in ((WORLD, 1), (1, WORLD)):
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard"))
         model = shard(make(), mesh=mesh)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         evolver = TopologyEvolver(model, optimizer, SCHEDULE, seed=7)
         train(model, optimizer, evolver, mine)
         same((model, optimizer, evolver), single(), exact=WORLD == 2)
-    model = nn.Sequential(SparseLinear(12 * WORLD, 12 * WORLD, bias=False))
+    model = nn.Sequential(SparseLinear(12 * WORLD, 12 * WORLD, bias=False, device=DEVICE))
     from torch.distributed.fsdp import fully_shard
 
     fully_shard(model, shard_placement_fn=lambda p: Shard(1))
@@ -154,19 +154,19 @@ def check_model_built_on_the_meta_device():
     sparsify_(model, SparsityConfig(seed=3))
     assert all(p.is_meta for p in (*model.parameters(), *model.buffers()))
     shard(model)
-    model.to_empty(device="cpu")
+    model.to_empty(device=DEVICE)
     torch.manual_seed(1)
     for module in model:
         if isinstance(module, SparseLinear):
             module.reset_parameters()
     plain = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 12, bias=False))
-    sparsify_(plain, SparsityConfig(seed=3))
+    sparsify_(plain.to(DEVICE), SparsityConfig(seed=3))
     for a, b in zip(model.buffers(), plain.buffers(), strict=True):
         assert torch.equal(a, b)
     bound = 12**-0.5
     values = model[0].values.full_tensor()
     assert 0.9 * bound < values.abs().max() <= bound
-    model(torch.randn(4, 12)).sum().backward()
+    model(torch.randn(4, 12, device=DEVICE)).sum().backward()
 
 
 def check_compiled_fsdp():

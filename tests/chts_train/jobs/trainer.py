@@ -7,7 +7,7 @@ import json
 import torch
 import torch.distributed as dist
 
-from .common import FOLDER, RANK, WORLD, hidden_group
+from .common import DEVICE, FOLDER, RANK, WORLD, hidden_group
 
 
 def check_trainer_is_a_single_process():
@@ -21,13 +21,14 @@ def check_trainer_is_a_single_process():
     size = {"hidden_size": 20, "intermediate_size": 28, "num_attention_heads": 2, "num_hidden_layers": 1}
     config = RunConfig(
         name="micro", model=LlamaConfig(**size, max_position_embeddings=64),
-        data=DataConfig(spec=str(FOLDER / "text"), val_fraction=0.2), total_steps=8, batch_size=6, micro_batch=2, seq_len=24,
-        warmup_steps=2, lr=1e-2, interval=3, lr_ramp_steps=1, zeta=0.3, eval_interval=4, eval_tokens=200,
+        data=DataConfig(spec=str(FOLDER / "text"), val_fraction=0.2), total_steps=8,
+        batch_size=6 if WORLD <= 3 else 2 * WORLD, micro_batch=2, seq_len=24, warmup_steps=2, lr=1e-2,
+        interval=3, lr_ramp_steps=1, zeta=0.3, eval_interval=4, eval_tokens=200, precision="fp32",
     )  # fmt: skip
     rows = {}
     for kind in ("ddp", "fsdp"):
         run = FOLDER / f"run-{kind}-{WORLD}"
-        settings = Settings(device="cpu", quiet=True, log_interval=2, parallel=kind)
+        settings = Settings(device=DEVICE.type, quiet=True, log_interval=2, parallel=kind)
         if RANK == 0:
             run.mkdir()
         dist.barrier()
@@ -48,7 +49,7 @@ def check_trainer_is_a_single_process():
             pass
         dist.barrier()
         # As the other kind: a checkpoint is that of a single process.
-        other = Settings(device="cpu", quiet=True, log_interval=2, parallel="fsdp" if kind == "ddp" else "ddp")
+        other = Settings(device=DEVICE.type, quiet=True, log_interval=2, parallel="fsdp" if kind == "ddp" else "ddp")
         resumed = Trainer.resume(run, other)
         assert resumed.counters.step == 4
         outcome = resumed.train()
@@ -62,18 +63,23 @@ def check_trainer_is_a_single_process():
     alone = FOLDER / f"run-single-{WORLD}-{RANK}"
     alone.mkdir()
     with hidden_group():
-        Trainer(config, alone, Settings(device="cpu", quiet=True, log_interval=2)).train()
+        Trainer(config, alone, Settings(device=DEVICE.type, quiet=True, log_interval=2)).train()
         expected = [json.loads(line) for line in (alone / "metrics.jsonl").read_text().splitlines()]
         truth = read_checkpoint(alone)
+    tolerance = 1e-4 if DEVICE.type == "cpu" else 0.1
     for kind, found in rows.items():
         assert [(r["kind"], r["step"]) for r in found] == [(r["kind"], r["step"]) for r in expected], kind
         for row, wanted in zip(found, expected, strict=True):
             for key in ("loss", "val_loss", "turnover", "val_tokens", "tokens", "score_mean"):
                 if wanted.get(key) is not None:
-                    assert abs(row[key] - wanted[key]) <= 1e-4 * abs(wanted[key]), (kind, key, row, wanted)
+                    assert abs(row[key] - wanted[key]) <= tolerance * abs(wanted[key]), (kind, key, row, wanted)
         saved = read_checkpoint(FOLDER / f"run-{kind}-{WORLD}")
         for name, tensor in truth.model.items():
-            if name.endswith(".ids"):
+            if DEVICE.type == "cuda":  # float32 kernels add in an order of their own, and Adam makes steps of tiny gradients
+                apart = (saved.model[name].float() - tensor.float()).abs()
+                share = (apart > 0).float().mean() if name.endswith(".ids") else apart.mean()
+                assert share <= (0.2 if name.endswith(".ids") else 2e-3), (kind, name, share)
+            elif name.endswith(".ids"):
                 assert torch.equal(saved.model[name], tensor), (kind, name)
             else:
                 torch.testing.assert_close(saved.model[name], tensor, rtol=1e-3, atol=1e-4)
