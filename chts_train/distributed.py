@@ -2,15 +2,16 @@
 
 Noise is a function of (seed, layer, step), so ranks that hold equal values compute equal topologies without a message. Under
 FSDP2 (``fully_shard``) values and moments are sharded along dim 0, ids are a replicated buffer: an update gathers
-the values of one layer at a time, every rank computes the new ids, and each moves its own rows. Rows of a shard need not be
+the values of a few layers at a time, every rank computes the new ids, and each moves its own rows. Rows of a shard need not be
 multiples of 4.
 
-Collectives are those of torch alone (``DTensor.full_tensor``, ``all_gather``); this module imports none of
+Collectives are those of torch alone (``DTensor.full_tensor``, ``all_gather_into_tensor``, ...); this module imports none of
 ``torch.distributed``'s packages before the user does.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -137,16 +138,75 @@ def first_row(values: torch.Tensor, name: str = "values") -> int:
     Raises:
         NotImplementedError: when it is not sharded along dim 0 of one mesh dimension (and replicated over the others).
     """
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    axis = _sharded_axis(values, name)
+    if axis is None:
+        return 0
+    mesh = values.device_mesh
+    return min(mesh.get_local_rank(axis) * -(-len(values) // mesh.size(axis)), len(values))
 
-    sharded = [p for p in values.placements if not isinstance(p, Replicate)]
-    if len(sharded) > 1 or any(type(p) is not Shard or p.dim != 0 for p in sharded):
+
+def _sharded_axis(values: torch.Tensor, name: str) -> int | None:
+    """The mesh dimension over which a DTensor's rows are divided, as ``torch.chunk`` divides; None where every rank holds all."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    sharded = [axis for axis, p in enumerate(values.placements) if not isinstance(p, Replicate)]
+    if len(sharded) > 1 or any(type(values.placements[axis]) is not Shard or values.placements[axis].dim != 0 for axis in sharded):
         raise NotImplementedError(
             f"{name}: must be sharded along dim 0 of one mesh dimension, as fully_shard does by default, got placements "
             f"{tuple(values.placements)}"
         )
-    return compute_local_shape_and_global_offset(values.shape, values.device_mesh, values.placements)[1][0]
+    return sharded[0] if sharded else None
+
+
+def gathered_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """All of every DTensor on this rank, like :func:`gathered`, in one message for those of a mesh and dtype; copies, always.
+
+    Args:
+        tensors: DTensors [N, ...] that :func:`first_row` takes, in the same order on every rank.
+        device: gather there.
+    """
+    whole: list[torch.Tensor] = [torch.empty(0)] * len(tensors)
+    groups: dict[tuple[Any, int | None, torch.dtype], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device_mesh, _sharded_axis(tensor, f"tensors[{place}]"), tensor.dtype), []).append(place)
+    for (mesh, axis, dtype), places in groups.items():
+        parts = [tensors[place].detach().to_local() for place in places]
+        if axis is None:
+            for place, part in zip(places, parts, strict=True):
+                whole[place] = part.to(device, copy=True)
+            continue
+        size = mesh.size(axis)
+        rows = [-(-len(tensors[place]) // size) for place in places]  # of a rank; the last ones may have fewer
+        lengths = [count * math.prod(part.shape[1:]) for count, part in zip(rows, parts, strict=True)]
+        mine = torch.zeros(sum(lengths), dtype=dtype, device=device)
+        for own, part in zip(mine.split(lengths), parts, strict=True):
+            own[: part.numel()].view(part.shape).copy_(part)
+        all_of_them = torch.empty(size, len(mine), dtype=dtype, device=device)
+        torch.distributed.all_gather_into_tensor(all_of_them.view(-1), mine, group=mesh.get_group(axis))
+        for place, part, columns in zip(places, parts, all_of_them.split(lengths, 1), strict=True):
+            whole[place] = columns.reshape(-1, *part.shape[1:])[: len(tensors[place])]
+    return whole
+
+
+def sums(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+    """The sum of every tensor's elements as 0-dim int64; of DTensors over all shards, in one message for those of a mesh.
+
+    Args:
+        tensors: of integers, in the same order on every rank.
+        device: where DTensors' sums are added up.
+    """
+    own = [(t.to_local() if is_dtensor(t) else t).sum(dtype=torch.int64) for t in tensors]
+    groups: dict[tuple[Any, int], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        axis = _sharded_axis(tensor, f"tensors[{place}]") if is_dtensor(tensor) else None
+        if axis is not None:
+            groups.setdefault((tensor.device_mesh, axis), []).append(place)
+    for (mesh, axis), places in groups.items():
+        total = torch.stack([own[place] for place in places]).to(device)
+        torch.distributed.all_reduce(total, group=mesh.get_group(axis))
+        for place, number in zip(places, total.unbind(), strict=True):
+            own[place] = number
+    return own
 
 
 def carry_over_rows_(

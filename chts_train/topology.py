@@ -19,18 +19,22 @@ from .distributed import (
     carry_over_rows_,
     first_row,
     gathered,
+    gathered_together,
     is_dtensor,
     laid_out_like,
     must_agree,
     plain_name,
     reshard,
+    sums,
     unwrapped,
 )
 from .linear import SparseLinear, sparse_layers
-from .moves import move_many
+from .moves import Member, move_many
 
 MAX_AGE = 255
 """Link ages are kept in one byte, in updates, and stop here."""
+GATHERED_BYTES = 256 << 20
+"""Of sharded values that an update gathers at a time (more for a larger layer); sending them takes as much again."""
 RULES = {
     "soft": ("soft", "greedy", "random"),
     "hard": ("soft", "greedy", "random"),
@@ -252,9 +256,10 @@ class TopologyEvolver:
         score_mean, score_var (over the links before the update), score_mean_survivors, score_var_survivors, link_age_mean
         (in updates).
         """
-        read = _read([number for figures in self._figures.values() for number in figures["device"].values()])
+        held = {name: self._figures[name] for name in self.layers if name in self._figures}
+        read = _read([number for figures in held.values() for number in figures["device"].values()])
         rows = []
-        for name, figures in self._figures.items():
+        for name, figures in held.items():
             layer = self.layers[name]
             values = {key: next(read) for key in figures["device"]}
             for key in ("can_change_blocks", "replaced"):
@@ -340,40 +345,39 @@ class TopologyEvolver:
     @torch.no_grad()
     def _update(self, moments: dict[str, list[torch.Tensor]]) -> None:
         # Layers go in one call for each implementation and device, so that equal shapes share launches.
-        groups: dict[tuple[str, torch.device], list[tuple[int, str, SparseLinear]]] = {}
+        groups: dict[tuple[str, torch.device, bool], list[Member]] = {}
         ages = self._older()
         for index, (name, layer) in enumerate(self.layers.items()):
-            moments[name] = [*moments[name], ages[name]]
             # A kernel's name names the products; the update knows only one reference and one kernel.
             impl = "reference" if layer.impl == "reference" else "auto"
-            if is_dtensor(layer.values):
-                self._update_sharded(index, name, layer, moments[name], impl)
-            else:
-                groups.setdefault((impl, layer.values.device), []).append((index, name, layer))
-        for (impl, _), members in groups.items():
+            kind = impl, layer.ids.device, is_dtensor(layer.values)
+            groups.setdefault(kind, []).append((index, name, layer, [*moments[name], ages[name]]))
+        for (impl, device, sharded), members in groups.items():
+            if sharded:
+                for some in _chunks(members, GATHERED_BYTES):
+                    self._update_sharded(some, device, impl)
+                continue
             results = evolve_many(
-                [layer.weight for _, _, layer in members],
-                layers=[index for index, _, _ in members],
-                moments=[moments[name] for _, name, _ in members],
+                [layer.weight for _, _, layer, _ in members],
+                layers=[index for index, *_ in members],
+                moments=[tensors for *_, tensors in members],
                 impl=impl,
                 **self._rule(),
             )
-            for (_, name, _), result in zip(members, results, strict=True):
+            for (_, name, *_), result in zip(members, results, strict=True):
                 self._note(name, result)
+        self._note_ages()
         self.updates += 1
 
-    def _update_sharded(
-        self, index: int, name: str, layer: SparseLinear, moments: list[torch.Tensor], impl: str
-    ) -> None:
-        """Every rank computes all the new ids, from values gathered for this layer alone, and moves its own rows."""
-        rows = [t.to_local() for t in (layer.values, *moments)]
-        values = gathered(layer.values, layer.ids.device)
-        if values.data_ptr() == rows[0].data_ptr():  # a shard that is the whole is not copied, and would be moved twice
-            values = values.clone()
-        [result] = evolve_many([SparseWeight(layer.ids, values, layer.n)], layers=[index], impl=impl, **self._rule())
-        start = first_row(layer.values, f"{name}.values")
-        carry_over_rows_(rows, result.old_ids, layer.ids, layer.n, start, impl=impl)
-        self._note(name, result)
+    def _update_sharded(self, members: list[Member], device: torch.device, impl: str) -> None:
+        """Every rank computes all the new ids, from values gathered for these layers alone, and moves its own rows."""
+        whole = gathered_together([layer.values for _, _, layer, _ in members], device)
+        weights = [SparseWeight(layer.ids, values, layer.n) for (_, _, layer, _), values in zip(members, whole, strict=True)]
+        results = evolve_many(weights, layers=[index for index, *_ in members], impl=impl, **self._rule())
+        for (_, name, layer, tensors), result in zip(members, results, strict=True):
+            rows = [t.to_local() for t in (layer.values, *tensors)]
+            carry_over_rows_(rows, result.old_ids, layer.ids, layer.n, first_row(layer.values, f"{name}.values"), impl=impl)
+            self._note(name, result)
 
     def _move(self, moments: dict[str, list[torch.Tensor]]) -> None:
         ages = self._older()
@@ -382,6 +386,7 @@ class TopologyEvolver:
         ]
         for name, result in move_many(members, self._gradients, **self._rule()):
             self._note(name, result)
+        self._note_ages()
         self.updates += 1
 
     def _rule(self) -> dict[str, Any]:
@@ -392,11 +397,15 @@ class TopologyEvolver:
         }  # fmt: skip
 
     def _note(self, name: str, result: Evolution) -> None:
-        numbers = {}
-        if result.stats:
-            total = gathered(self.ages[name].sum(dtype=torch.int64), self.layers[name].ids.device)
-            numbers = {**result.stats, "link_age_mean": total}  # divided when it is read
-        self._figures[name] = {"removed": result.removed, "device": numbers}
+        self._figures[name] = {"removed": result.removed, "device": result.stats or {}}
+
+    def _note_ages(self) -> None:
+        """The sums of the links' ages beside the other figures; :meth:`stats` divides them."""
+        if not self.collect_stats or not self.ages:
+            return
+        device = next(iter(self.layers.values())).ids.device
+        for name, total in zip(self.ages, sums(list(self.ages.values()), device), strict=True):
+            self._figures[name]["device"] = {**self._figures[name]["device"], "link_age_mean": total}
 
     def _older(self) -> dict[str, torch.Tensor]:
         """The ages of every layer's links, one update more."""
@@ -485,6 +494,21 @@ class TopologyEvolver:
             for group, lr in zip(self.optimizer.param_groups, self._true_lrs, strict=True):
                 _set_lr(group, lr)
             self._true_lrs = None
+
+
+def _chunks(members: list[Member], size: int) -> Iterator[list[Member]]:
+    """Layers of one shape side by side, ``size`` bytes of values at a time, or one layer."""
+    by_shape = sorted(members, key=lambda member: (tuple(member[2].ids.shape), member[2].n, str(member[2].values.dtype), member[0]))
+    chunk: list[Member] = []
+    held = 0
+    for member in by_shape:
+        held += member[2].values.nbytes
+        if chunk and held > size:
+            yield chunk
+            chunk, held = [], member[2].values.nbytes
+        chunk.append(member)
+    if chunk:
+        yield chunk
 
 
 def _read(numbers: list[torch.Tensor]) -> Iterator[float | int]:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from chts_kernels import SparseWeight, evolve
 from chts_train import SparseLinear, SparsityConfig, TopologyEvolver, sparsify_
 from chts_train.distributed import first_row, reshard
 
-from .common import DEVICE, RANK, SCHEDULE, STEPS, WORLD, batch, close, make, mine, same, shard, single, train
+from .common import (
+    DEVICE,
+    RANK,
+    SCHEDULE,
+    STEPS,
+    WORLD,
+    batch,
+    close,
+    count_calls,
+    make,
+    mine,
+    same,
+    shard,
+    single,
+    train,
+)
 
 
 def check_fsdp_is_a_single_process():
@@ -31,6 +48,40 @@ def check_fsdp_is_a_single_process():
         assert [layer.values.to_local().shape[0] for layer in evolver.layers.values()] == (
             [7, 2, 4] if RANK < 2 else [6, 0, 4]
         )
+
+
+def check_fsdp_gathers_together_what_fits():
+    from chts_train import topology
+
+    usual, gathers = topology.GATHERED_BYTES, []
+    for size in (usual, 1):
+        topology.GATHERED_BYTES = size
+        model = shard(make())
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        evolver = TopologyEvolver(model, optimizer, SCHEDULE, seed=7)
+        train(model, optimizer, evolver, mine)
+        same((model, optimizer, evolver), single(), exact=WORLD == 2)
+        evolver.step_count = SCHEDULE.interval - 1
+        calls = count_calls("all_gather_into_tensor")
+        evolver.step()
+        gathers.append(calls())
+        assert evolver.updates == 3
+    topology.GATHERED_BYTES = usual
+    assert gathers == [1, 3], gathers
+
+
+def check_gathered_together():
+    from chts_train.distributed import gathered_together, sums
+
+    draw = torch.Generator().manual_seed(3)
+    whole = [torch.randn(shape, generator=draw).to(DEVICE) for shape in ((7, 3), (1, 2), (12, 4))]
+    whole.append(torch.randint(0, 256, (5, 6), generator=draw, dtype=torch.uint8).to(DEVICE))
+    mesh = init_device_mesh(DEVICE.type, (WORLD,))
+    for placement in (Shard(0), Replicate()):
+        parts = [distribute_tensor(t, mesh, [placement], src_data_rank=None) for t in whole]
+        for one, other in zip(gathered_together(parts, DEVICE), whole, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+        assert [int(s) for s in sums([*parts[3:], whole[3]], DEVICE)] == [int(whole[3].sum())] * 2
 
 
 def check_fsdp_moves():
@@ -125,9 +176,6 @@ def check_what_is_derived_from_gathered_values_is_derived_anew():
 
 
 def check_hybrid_sharding_and_a_layout_that_is_refused():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard
-
     for shape in ((WORLD, 1), (1, WORLD)):
         mesh = init_device_mesh(DEVICE.type, shape, mesh_dim_names=("replicate", "shard"))
         model = shard(make(), mesh=mesh)
