@@ -127,7 +127,7 @@ class TopologyEvolver:
     it, so that any scheduler goes on undisturbed. Nothing waits for the device.
 
     In a data-parallel job every rank has its evolver, with the same arguments. Under DDP an update sends nothing but one
-    checksum per layer; under FSDP2 (``fully_shard``) it also gathers the values of one layer at a time.
+    checksum per layer; under FSDP2 (``fully_shard``) it also gathers the values of a few layers at a time (256 MB).
 
     Args:
         model: with at least one :class:`SparseLinear`; may be wrapped by DDP or ``torch.compile``, or be sharded.
