@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import fields
@@ -33,7 +34,7 @@ from .linear import sparsify_
 from .methods import attach_method, get_method
 from .metrics import METRICS, UPDATES, MetricsLog, update_summary
 from .optim import make_optimizer, make_scheduler
-from .parallel import Processes, is_lost_connection, on_main
+from .parallel import Processes, is_lost_connection, leave_at_once, on_main
 from .progress import Progress
 from .report import spell, summarise
 from .run_state import Counters, Outcome
@@ -193,10 +194,20 @@ class Trainer:
                 f"({reason}); torchrun's report says how that ended; the checkpoints in {self.run} are intact"
             ) from error
 
+    def _stuck(self) -> None:
+        """A signal came and this process waits for its GPU, which waits for another process: end it before torchrun loses patience."""
+        print(
+            f"error: process {self.processes.rank} of {self.processes.size} was told to stop at step {self.counters.step} and waits for "
+            f"its device, as it does when another process is gone; torchrun's report says how that ended; the checkpoints in {self.run} "
+            "are intact", file=sys.stderr, flush=True,
+        )  # fmt: skip
+        leave_at_once(1)
+
     def _train(self) -> Outcome:
         counters, total, main = self.counters, self.config.total_steps, self.processes.main
         progress = Progress(total, counters.step, quiet=self.settings.quiet or not main)
-        with RunLock(self.run) if main else contextlib.nullcontext(), GracefulStop() as stop, progress:
+        stuck = self._stuck if self.processes.size > 1 else None
+        with RunLock(self.run) if main else contextlib.nullcontext(), GracefulStop(stuck) as stop, progress:
             self._open_logs(progress)
             while not self._stopped(stop):
                 if self._due(self.config.eval_interval) and self._figures[0] != counters.step:
