@@ -289,6 +289,29 @@ def test_paired_differences() -> None:
     assert report.spread([1.0, 3.0]) == "2.00 ± 1.41" and report.spread([2.0]) == "2.00 (one seed)"
 
 
+def test_the_target_for_rules() -> None:
+    def rows(method: str, values: list[float], n: int | None = 2, **more) -> list[dict]:
+        return [
+            {"group": "llama", "method": method, "arm": method, "seed": seed, "n": n, "srste_lambda": None,
+             "figures": {"val_ppl": value, "val_loss": 1.0}} | more
+            for seed, value in enumerate(values)
+        ]  # fmt: skip
+
+    held = rows("dense", [40.0, 41.0, 42.0], None) + rows("chts24", [44.0, 45.0, 46.0]) + rows("static", [43.0] * 3)
+    for decay in LAMBDAS:
+        worse = 0 if decay == LAMBDAS[0] else 1
+        held += rows("srste24", [43.0, 44.2, 45.0][: 1 if worse else 3], srste_lambda=decay, arm=f"srste24@{decay:g}",
+                     figures={"val_ppl": 43.0, "val_loss": 1.0 + worse})  # fmt: skip
+    held += rows("rigl24", [41.5, 42.0, 41.9]) + rows("random-moves", [42.5, 43.9, 42.8])
+    found = {line[1]: line[2:] for line in report.targets("T", held).rows}
+    assert found["rigl24"] == ["-1.20 ± 0.15 (3)", "80 %", "met"]
+    assert found["random-moves"] == ["+0.07 ± 0.43 (3)", "48 %", "missed"]
+    assert found["chts24"] == ["+2.00 ± 0.58 (3)", "", "missed"] and "static" not in found and "dense" not in found
+    one = [row for row in held if row["seed"] == 0]
+    assert {line[4] for line in report.targets("T", one).rows} == {"one seed"}
+    assert report.targets("T", rows("rigl24", [41.0])) is None
+
+
 def test_flops_are_the_papers_where_its_terms_are_used() -> None:
     (table,) = flops.tables()
     cells = {(row[0], row[1]): row for row in table.rows}
