@@ -17,9 +17,9 @@ from .topology import TopologyEvolver, TopologySchedule
 SRSTE_LAMBDA = 2e-4
 """Where the tuning over 6e-5, 2e-4, 6e-4 starts."""
 EARLY: Mapping[str, Any] = types.MappingProxyType(
-    {"zeta": 0.3, "zeta_end": 0.0, "stop_fraction": 0.3, "lr_ramp_steps": 0}
+    {"interval": 25, "zeta": 0.3, "zeta_end": 0.0, "stop_fraction": 0.1, "lr_ramp_steps": 0}
 )
-"""Much turnover while links have little to lose, none after a third of the training: what the moves did best with (LOG.md)."""
+"""Much turnover while links have nothing to lose yet: often, and over by the end of the presets' warm-up (benchmarks/LOG.md)."""
 
 
 @dataclass(frozen=True)

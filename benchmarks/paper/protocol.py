@@ -207,7 +207,9 @@ def config_of(arm: Arm, scale: str, places: Places) -> RunConfig:
     base = replace(base, data=_data(base.data, group, places))
     if arm.needs is not None:
         base = retrain_config(base, **_CHANGES[scale][arm.group])
-    own = get_method(arm.method).settings
+    own = dict(get_method(arm.method).settings)
+    if scale == "tiny":  # 24 steps: updates come when the others' do
+        own = {key: value for key, value in own.items() if key not in ("interval", "stop_fraction")}
     return replace(base, **own, method=arm.method, seed=arm.seed, srste_lambda=arm.decay, name=arm.group)
 
 

@@ -195,13 +195,12 @@ def test_compiled_blocks_show_their_gradients_at_updates(micro, tmp_path, quiet,
 
 def test_the_command_line_gives_such_a_method_its_schedule():
     for options, expected in (
-        (["--method", "rigl14"], (0.3, 0.0, 0.3, 0)),
-        (["--method", "rigl14", "--zeta", "0.2", "--lr-ramp-steps", "4"], (0.2, 0.0, 0.3, 4)),
-        (["--method", "chts14"], (0.1, None, 0.75, 10)),
+        (["--method", "rigl14"], (25, 0.3, 0.0, 0.1, 0)),
+        (["--method", "rigl14", "--zeta", "0.2", "--lr-ramp-steps", "4", "--interval", "50"], (50, 0.2, 0.0, 0.1, 4)),
+        (["--method", "chts14"], (100, 0.1, None, 0.75, 10)),
     ):
         config = configure(make_parser().parse_args(["pretrain", *options]), preset("60m"))
-        assert (config.zeta, config.zeta_end, config.stop_fraction, config.lr_ramp_steps) == expected
-        assert config.interval == 100
+        assert (config.interval, config.zeta, config.zeta_end, config.stop_fraction, config.lr_ramp_steps) == expected
 
 
 def test_copies_and_pickles_of_a_model_that_is_read_are_not_read(tmp_path):
