@@ -159,9 +159,8 @@ def evolve_many(
                 zeta=zeta, temperature=temperature, removal=removal, regrowth=regrowth, seed=seed, step=step,
                 stats=stats, schedule=schedule,
             )  # fmt: skip
-            columns = None if figures is None else {name: figure.unbind() for name, figure in figures.items()}
             for place, m in enumerate(members):
-                own = None if columns is None else {name: column[place] for name, column in columns.items()}
+                own = None if figures is None else {name: figure[place] for name, figure in figures.items()}
                 removed = None if schedule is not None else int(zeta * weights[m].links)
                 by_index[m] = Evolution(old_ids[place], survivors[place], removed, own)
         _follow(weights)
