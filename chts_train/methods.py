@@ -19,7 +19,9 @@ SRSTE_LAMBDA = 2e-4
 EARLY: Mapping[str, Any] = types.MappingProxyType(
     {"interval": 25, "zeta": 0.3, "zeta_end": 0.0, "stop_fraction": 0.1, "lr_ramp_steps": 0}
 )
-"""Much turnover while links have nothing to lose yet: often, and over by the end of the presets' warm-up (benchmarks/LOG.md)."""
+"""Much turnover while links have nothing to lose yet: often, and over by the end of the presets' warm-up.
+
+Chosen by small models; behind static patterns on Llama-60M (benchmarks/LOG.md, sixth session)."""
 
 
 @dataclass(frozen=True)

@@ -36,27 +36,27 @@ def draw(folder: Path, scale: str, numbers: Sequence[int]) -> list[Path]:
         panels = [panel for panel in PANELS[number] if any(panel[0] in row["curves"] for row in rows)]
         if not panels:
             continue
+        families = list(dict.fromkeys(_family(row["arm"]) for row in rows))  # of all panels: a method keeps its colour
         figure = require("matplotlib.figure", "plotting").Figure(figsize=(6.2 * len(panels), 4.2), layout="constrained")
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
-            _panel(axes, rows, *panel)
+            _panel(axes, rows, families, *panel)
         written.append(source.with_name(source.name.replace(f"table{FIGURES[number]}", f"figure{number}")).with_suffix(".png"))
         figure.savefig(written[-1], dpi=120, metadata={"Software": None})
     return written
 
 
-def _panel(axes: Axes, rows: Sequence[dict[str, Any]], key: str, title: str, scale: str) -> None:
+def _panel(axes: Axes, rows: Sequence[dict[str, Any]], families: Sequence[str], key: str, title: str, scale: str) -> None:
     arms: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if key in row["curves"]:
             arms.setdefault(row["arm"], []).append(row)
-    plain = list(dict.fromkeys(_family(arm) for arm in arms))
     for arm, held in arms.items():
         points: dict[int, list[float]] = {}
         for row in held:
             for step, value in row["curves"][key]:
                 points.setdefault(step, []).append(value)
         steps = sorted(points)
-        colour = COLOURS[plain.index(_family(arm)) % len(COLOURS)]
+        colour = COLOURS[families.index(_family(arm)) % len(COLOURS)]
         mean = [statistics.fmean(points[step]) for step in steps]
         axes.plot(steps, mean, STYLES[held[0]["n"]], color=colour, lw=1.4, label=f"{arm} ({len(held)})")
         if len(held) > 1:
