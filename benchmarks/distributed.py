@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not dist.is_torchelastic_launched():
         parser.error("must be started with torchrun")
     with joined(options.device):
-        results = _results(options.out) if dist.get_rank() == 0 else None
+        results = open_results(options.out) if dist.get_rank() == 0 else None
         for model in options.models.split(","):
             for provider in options.providers.split(","):
                 for kind in options.kinds.split(","):
@@ -249,11 +249,11 @@ def measure(name: str, provider: str, processes: Processes, options: argparse.Na
             raise AssertionError(f"{name}, {processes.kind}: updates must change the topology, they changed nothing")
     if processes.kind != "single":
         facts |= {key: value for key, value in job.traffic().items() if value}
-    row.note += f", ready after {began:.0f} s; {_spell(facts)}"
+    row.note += f", ready after {began:.0f} s; {spell(facts)}"
     if not updates:
         return [row]
     update = _row("update", name, provider, processes, job, updates, None, options)
-    update.note += f"; {_spell({'changed': changed})}"
+    update.note += f"; {spell({'changed': changed})}"
     return [row, update]
 
 
@@ -263,7 +263,7 @@ def figures(row: Row) -> dict[str, float]:
 
 
 def markdown(results: Results) -> str:
-    """Two tables of a result file: steps, and topology updates."""
+    """The tables of a result file: steps, topology updates, and the curves of :mod:`benchmarks.curves`."""
     rows = [row for row in results.rows if row.suite == "distributed" and row.error is None]
     by = {_key(row): row for row in rows}
     steps = Table(
@@ -272,9 +272,20 @@ def markdown(results: Results) -> str:
          "gradients of sparse layers, MB", "of dense", "all gradients, MB", "of dense", "gathered, MB"], [],
     )  # fmt: skip
     updates = Table("A topology update alone", ["model", "GPUs", "kind", "time", "to the single GPU's", "blocks changed"], [])
-    for row in sorted(rows, key=lambda r: (r.shape["model"], r.shape["world"], KINDS.index(r.shape["kind"]), r.provider != "dense")):
+    curves = Table(
+        "The same run on one GPU and on several: differences from the one GPU's losses and turnovers",
+        ["model", "GPUs", "kind", "updates", "mean, nats", "largest, nats", "largest, turnover", "held-out loss at the end"], [],
+    )  # fmt: skip
+    order = ("single", "reordered", "ddp", "fsdp")
+    for row in sorted(rows, key=lambda r: (r.shape["model"], r.shape["world"], order.index(r.shape["kind"]), r.provider != "dense")):
         facts, ms = figures(row), row.gpu_ms or row.eager_ms
         where = [row.shape["model"], str(row.shape["world"]), row.shape["kind"]]
+        if row.op == "curve":
+            apart = [facts.get(key) for key in ("mean_difference", "largest_difference", "largest_turnover_difference")]
+            cells = ["" if number is None else f"{number:.2g}" for number in apart]
+            count = f"{facts['updates']:.0f}" if "updates" in facts else ""
+            curves.rows.append([*where, count, *cells, f"{facts['val_loss']:.4f}"])
+            continue
         if row.op == "update":
             updates.rows.append([*where, milliseconds(ms), times(facts.get("ratio")), f"{100 * facts.get('changed', 0):.2g} %"])
             continue
@@ -293,7 +304,9 @@ def markdown(results: Results) -> str:
         )  # fmt: skip
     notes = sorted({row.shape["model"] + ": " + row.note.split("; ")[1] for row in rows if row.op == "step"})
     steps.remarks = [*notes, f"torch {results.environment.get('torch')}, commit {results.environment.get('commit')}"]
-    return "\n\n".join(table.markdown() for table in (steps, updates) if table.rows) + "\n"
+    curves.remarks = sorted({row.shape["model"] + ": " + row.note.split("; ")[1] for row in rows if row.op == "curve"})
+    curves.remarks.append("reordered: one GPU with other micro-batches, another order of the same sums")
+    return "\n\n".join(table.markdown() for table in (steps, updates, curves) if table.rows) + "\n"
 
 
 def _key(row: Row) -> tuple[str, ...]:
@@ -307,9 +320,9 @@ def _related(row: Row, rows: Sequence[Row]) -> Row:
         return row
     if row.op == "step":
         share = figures(row)["tokens_per_s"] / (figures(alone)["tokens_per_s"] * row.shape["world"])
-        row.note += f" {_spell({'efficiency': share})}"
+        row.note += f" {spell({'efficiency': share})}"
     else:
-        row.note += f" {_spell({'ratio': (row.gpu_ms or row.eager_ms) / (alone.gpu_ms or alone.eager_ms)})}"
+        row.note += f" {spell({'ratio': (row.gpu_ms or row.eager_ms) / (alone.gpu_ms or alone.eager_ms)})}"
     return row
 
 
@@ -381,7 +394,8 @@ def _seen(names: Sequence[str], note: Callable[[torch.Tensor], None]) -> Iterato
             setattr(dist, name, original)
 
 
-def _spell(facts: dict[str, float]) -> str:
+def spell(facts: dict[str, float]) -> str:
+    """Figures as a row's note has them; :func:`figures` reads them."""
     return " ".join(f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in facts.items())
 
 
@@ -400,7 +414,7 @@ def _row(
     )  # fmt: skip
 
 
-def _results(out: Path | None) -> Results:
+def open_results(out: Path | None) -> Results:
     """The result file to add to.
 
     Raises:
