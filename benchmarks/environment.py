@@ -50,7 +50,7 @@ def capture() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cusparselt": cusparselt_version(),
         "chts": _version("chts"),
-        "commit": _commit(),
+        "commit": _commit() or os.environ.get("CHTS_COMMIT"),  # a copy of the tree without git is told
         "kernel_hash": kernel_hash(),
         "python": platform.python_version(),
         "machine": platform.machine(),

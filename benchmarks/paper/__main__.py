@@ -84,7 +84,6 @@ def _run(arguments: Sequence[str]) -> int:
     print(f"data: {text}; images: {Path(places.images).name}", flush=True)
     home = options.runs.resolve()
     facts = environment.capture()
-    facts["commit"] = facts.get("commit") or os.environ.get("CHTS_COMMIT") or None  # a copy of the tree without git
     files = []
     for table in tables:
         path = path_of(options.out, table, options.scale)
