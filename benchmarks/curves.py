@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -68,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.text = json.dumps(unpacked(Places.find(options.data, "reduced"), home).text)
             for kinds in (("single", "reordered"), ("ddp",), ("fsdp",)):  # the first two side by side, a GPU each
                 _start(options, model, kinds, home, cuda)
+            if options.keep is not None:
+                for kind in KINDS:
+                    shutil.copytree(home / kind, options.keep / f"{model}-{kind}")
             curves = {kind: list(read_metrics(home / kind / METRICS)) for kind in KINDS}
             rows = [_row(options, model, kind, curves) for kind in KINDS]
             if not isinstance(json.loads(options.text), str):
@@ -126,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--data", type=Path, help="folder with the books pack; default runs/data, else the standard library's text")
     p.add_argument("--compile", default="blocks", choices=COMPILE[1:3], help="of all runs: off or blocks")
     p.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    p.add_argument("--keep", type=Path, help="a new folder for the runs' logs, which are otherwise thrown away")
     p.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/distributed/<gpu>.json")
     for name in ("text", "into", "kind"):
         p.add_argument(f"--{name}", help=argparse.SUPPRESS)  # told to workers
