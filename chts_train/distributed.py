@@ -11,20 +11,27 @@ Collectives are those of torch alone (``DTensor.full_tensor``, ``all_gather_into
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from chts_kernels import Operands, SparseWeight, carry_over_
+from chts_kernels.lasting import to_device
 from chts_kernels.patterns import BLOCK
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Path components that torch.compile and activation checkpointing put into the names of what they wrap."""
+
+
+CHUNK = 64 << 20
+"""Bytes of ids that are hashed at a time, in temporaries of four times their size."""
 
 
 class TopologyMismatch(RuntimeError):
@@ -237,15 +244,43 @@ def carry_over_rows_(
         tensor.copy_(part[above : above + rows])
 
 
-def checksum(ids: torch.Tensor) -> torch.Tensor:
-    """int64 scalar on the device: a hash of uint8 ids and their places; no step of it waits for the device."""
-    flat = F.pad(ids.flatten(), (0, -ids.numel() % 8))
-    words = flat.clone().view(torch.int64) if flat.storage_offset() % 8 else flat.view(torch.int64)
-    # Multiply and shift twice (the finaliser of SplitMix64) on word + place; the sum wraps.
-    mixed = words + torch.arange(1, words.numel() + 1, device=ids.device)
-    for factor in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
-        mixed = (mixed ^ (mixed >> 30)) * factor
-    return (mixed ^ (mixed >> 31)).sum()
+def checksums(ids: Sequence[torch.Tensor]) -> torch.Tensor:
+    """int64 [len(ids)] on the device of the first: hashes of uint8 ids, their places and lengths; nothing waits for the device.
+
+    A handful of launches for :data:`CHUNK` bytes of ids, however many tensors they are in.
+    """
+    device = ids[0].device
+    groups: dict[torch.device, list[list[int]]] = {}
+    for place, tensor in enumerate(ids):
+        chunks = groups.setdefault(tensor.device, [[]])
+        if sum(ids[other].numel() for other in chunks[-1]) >= CHUNK:
+            chunks.append([])
+        chunks[-1].append(place)
+    found = torch.empty(len(ids), dtype=torch.int64, device=device)
+    for chunk in (chunk for chunks in groups.values() for chunk in chunks):
+        flat = [ids[place].flatten() for place in chunk]
+        words = torch.cat([part if part.numel() % 8 == 0 else F.pad(part, (0, -part.numel() % 8)) for part in flat]).view(torch.int64)
+        # Multiply and shift twice (the finaliser of SplitMix64) on word + place; sums wrap, and so do their differences.
+        mixed = words + torch.arange(1, words.numel() + 1, device=words.device)
+        for factor in (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15):
+            mixed = (mixed ^ (mixed >> 30)) * factor
+        before = F.pad((mixed ^ (mixed >> 31)).cumsum(0), (1, 0))
+        bounds = _bounds(tuple(-(-part.numel() // 8) for part in flat), words.device)
+        sums = before[bounds[1:]] - before[bounds[:-1]]
+        if len(chunk) == len(ids):
+            return sums
+        found[_positions(tuple(chunk), device)] = sums.to(device)
+    return found
+
+
+@functools.cache
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return to_device(np.cumsum((0, *lengths)), device)
+
+
+@functools.cache
+def _positions(places: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return to_device(np.array(places), device)
 
 
 class RankCheck:
@@ -270,7 +305,7 @@ class RankCheck:
         self.finish()
         distributed = torch.distributed
         device = _device_of_group(self.group, next(iter(ids.values())).device)
-        mine = torch.stack([checksum(t).to(device) for t in ids.values()])
+        mine = checksums(list(ids.values())).to(device)
         parts = [torch.empty_like(mine) for _ in range(distributed.get_world_size(self.group))]
         distributed.all_gather(parts, mine, group=self.group)
         sums, event = torch.stack(parts), None

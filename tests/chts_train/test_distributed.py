@@ -12,7 +12,7 @@ from chts_train.distributed import (
     RankCheck,
     TopologyMismatch,
     carry_over_rows_,
-    checksum,
+    checksums,
     gathered,
     laid_out_like,
     must_agree,
@@ -67,19 +67,36 @@ def test_rows_of_a_shard_move_as_they_do_in_the_whole(n):
     carry_over_rows_([], old, new, n, 0)
 
 
+def checksum(ids: torch.Tensor) -> int:
+    return checksums([ids]).item()
+
+
 def test_checksums_tell_ids_and_places_apart():
     ids = random_ids(40, 20, seed=0)
-    seen = {int(checksum(ids))}
-    assert int(checksum(ids.clone())) in seen and int(checksum(ids.view(5, 10))) in seen
+    seen = {checksum(ids)}
+    assert checksum(ids.clone()) in seen and checksum(ids.view(5, 10)) in seen
     for place in range(ids.numel()):
         other = ids.clone().flatten()
         other[place] = (other[place] + 1) % 90
-        seen.add(int(checksum(other)))
+        seen.add(checksum(other))
     assert len(seen) == 1 + ids.numel()
-    assert int(checksum(ids.flatten().roll(1))) not in seen and int(checksum(ids.t().contiguous())) not in seen
+    assert checksum(ids.flatten().roll(1)) not in seen and checksum(ids.t().contiguous()) not in seen
     part = ids.flatten()[3:]  # an address that is no multiple of 8
-    assert int(checksum(part)) == int(checksum(part.clone()))
-    assert len({int(checksum(torch.full((count,), 5, dtype=torch.uint8))) for count in (7, 8, 9)}) == 3
+    assert checksum(part) == checksum(part.clone())
+    assert len({checksum(torch.full((count,), 5, dtype=torch.uint8)) for count in (7, 8, 9)}) == 3
+
+
+@pytest.mark.parametrize("chunk", (1, 70, 1 << 20))
+def test_checksums_of_many_layers_name_the_one_that_differs(monkeypatch, chunk):
+    monkeypatch.setattr("chts_train.distributed.CHUNK", chunk)
+    layers = [random_ids(4 * rows, 4 * columns, seed=rows) for rows, columns in ((3, 5), (1, 1), (8, 8), (3, 5), (2, 9))]
+    sums = checksums(layers)
+    assert sums.shape == (5,) and torch.equal(checksums([layer.clone() for layer in layers]), sums)
+    for place, layer in enumerate(layers):
+        for block in range(0, layer.numel(), 7):
+            others = [other.clone() for other in layers]
+            others[place].view(-1)[block] += 1
+            assert (checksums(others) != sums).nonzero().flatten().tolist() == [place]
 
 
 def test_the_message_names_layers_and_the_minority():
