@@ -178,10 +178,12 @@ class Job:
         if self.processes.kind == "ddp":
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+            linear = self.linear  # DDP keeps the hook for good, which must not keep this job alive
+
             def hook(group, bucket):  # DDP refuses annotations that are strings
                 count["gradient_bytes"] += bucket.buffer().nbytes
                 for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                    count["sparse_gradient_bytes"] += gradient.nbytes if id(parameter) in self.linear else 0
+                    count["sparse_gradient_bytes"] += gradient.nbytes if id(parameter) in linear else 0
                 return allreduce_hook(group, bucket)
 
             self.network.register_comm_hook(None, hook)
