@@ -58,7 +58,9 @@ class RunConfig:
     Steps are optimizer steps; sizes count sequences or images.
 
     task: "text" or "image"; model is a LlamaConfig or a ViTConfig accordingly.
-    method: a name in ``chts_train.METHODS``. init: another initial topology than the method's, "random" or
+    method: a name in ``chts_train.METHODS``. dense_fraction: train densely for that share of the steps, then prune by magnitude and
+    go on sparsely with the optimizer's state; only for methods with compressed weights.
+    init: another initial topology than the method's, "random" or
     "magnitude" (re-training). srste_lambda: another decay than the default of the SR-STE methods.
     total_steps, batch_size, micro_batch: a step takes batch_size sequences in batch_size / micro_batch passes.
     seq_len: tokens per sequence (images: not used).
@@ -109,6 +111,7 @@ class RunConfig:
     t_end: float = 9.0
     stop_fraction: float = 0.75
     lr_ramp_steps: int = 10
+    dense_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         for part, prefix in (
@@ -151,6 +154,7 @@ class RunConfig:
             "t_end": (0 < self.t_end < math.inf, "positive and finite"),
             "stop_fraction": (0 <= self.stop_fraction <= 1, "in [0, 1]"),
             "lr_ramp_steps": (self.lr_ramp_steps >= 0, "at least 0"),
+            "dense_fraction": (0 <= self.dense_fraction < 1, "in [0, 1)"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -165,6 +169,15 @@ class RunConfig:
     def accumulation(self) -> int:
         """Forward and backward passes of one optimizer step."""
         return self.batch_size // self.micro_batch
+
+    @property
+    def dense_steps(self) -> int:
+        """Steps before the weights are pruned and compressed."""
+        return round(self.dense_fraction * self.total_steps)
+
+    def dense_at(self, step: int) -> bool:
+        """Whether the model after ``step`` steps is the dense one of a dense start (a checkpoint at its last step still is)."""
+        return 0 < self.dense_steps >= step
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_dict` is the inverse."""

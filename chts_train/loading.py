@@ -44,7 +44,7 @@ def load_run(path: str | Path) -> tuple[nn.Module, RunConfig, Checkpoint]:
     sparsity = method.sparsity_config(
         config.seed, srste_lambda=config.srste_lambda, impl=config.impl, weight_grad=config.weight_grad
     )
-    if sparsity is not None:
+    if sparsity is not None and not config.dense_at(checkpoint.step):
         sparsify_(model, sparsity)
     restore(checkpoint, model)
     return model.eval(), config, checkpoint

@@ -22,6 +22,8 @@ EARLY: Mapping[str, Any] = types.MappingProxyType(
 """Much turnover while links have nothing to lose yet: often, and over by the end of the presets' warm-up.
 
 Chosen by small models; behind static patterns on Llama-60M (benchmarks/LOG.md, sixth session)."""
+DENSE_START: Mapping[str, Any] = types.MappingProxyType({"dense_fraction": 0.25})
+"""A pattern chosen by trained weights is worth more than what a quarter of the steps costs (benchmarks/LOG.md, seventh session)."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,13 @@ def _methods() -> dict[str, Method]:
                 f"srste{tag}", f"ste{tag} with decay of masked-out weights", n=n, kind="ste", srste_lambda=SRSTE_LAMBDA
             ),
             Method(f"nvidia{other}", f"prune to {n}:4 by magnitude once, keep the mask", n=n, init="magnitude"),
+            Method(
+                f"dense-start{tag}",
+                f"dense for a quarter of the steps, then pruned to {n}:4 by magnitude; the mask stays",
+                n=n,
+                init="magnitude",
+                settings=DENSE_START,
+            ),
         ]
     return {m.name: m for m in [Method("dense", "no sparsity", kind="dense"), *both]}
 
@@ -154,9 +163,16 @@ def get_method(name: str) -> Method:
 
 
 def attach_method(
-    method: Method, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: TopologySchedule, seed: int = 0
+    method: Method,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: TopologySchedule,
+    seed: int = 0,
+    step_count: int = 0,
 ) -> TopologyEvolver | None:
     """What a method needs besides the sparse model: SR-STE's decay is hooked into the optimizer, an evolver is returned.
+
+    ``step_count``: steps that the model has behind it.
 
     Returns:
         The evolver (not attached: call its ``step`` in the loop), or None when the topology does not evolve.
@@ -165,4 +181,6 @@ def attach_method(
         attach_srste_decay(model, optimizer)
     if not method.evolves:
         return None
-    return TopologyEvolver(model, optimizer, schedule, removal=method.removal, regrowth=method.regrowth, seed=seed)
+    return TopologyEvolver(
+        model, optimizer, schedule, removal=method.removal, regrowth=method.regrowth, seed=seed, step_count=step_count
+    )

@@ -47,6 +47,8 @@ def describe(trainer: Trainer) -> list[str]:
         f"{config.total_steps:,} steps of {config.batch_size} {trainer.task.items}{passes}; {place}, {precision}",
         f"run folder {trainer.run}",
     ]
+    if trainer.dense:
+        lines.append(f"dense for {config.dense_steps:,} steps, then {method.n}:4 ({method.description})")
     last = math.floor(config.stop_fraction * config.total_steps)
     if trainer.evolver is not None and config.interval > last:
         lines.append(

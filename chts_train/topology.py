@@ -144,6 +144,7 @@ class TopologyEvolver:
             update; :class:`chts_train.distributed.TopologyMismatch` names the layers and ranks that differ. On a GPU
             it is raised one of the next steps, when the figures have arrived.
         process_group: the ranks that train this model and so must agree, default all of them.
+        step_count: optimizer steps that the model has behind it, where it became sparse only then.
 
     Raises:
         ValueError: when there is no sparse layer, the optimizer lacks a layer's values, or an option is unknown.
@@ -162,7 +163,10 @@ class TopologyEvolver:
         collect_stats: bool = True,
         verify: bool = True,
         process_group: Any = None,
+        step_count: int = 0,
     ) -> None:
+        if step_count < 0:
+            raise ValueError(f"step_count: must not be negative, got {step_count}")
         if removal not in RULES:
             raise ValueError(f"removal: must be one of {list(RULES)}, got {removal!r}")
         if regrowth not in RULES[removal]:
@@ -184,7 +188,7 @@ class TopologyEvolver:
                 first_row(layer.values, f"{name}.values")
         self.optimizer, self.schedule = optimizer, schedule
         self.removal, self.regrowth, self.seed, self.collect_stats = removal, regrowth, seed, collect_stats
-        self.step_count = 0
+        self.step_count = self._first_step = step_count
         self.updates = 0
         self.ages = {
             name: torch.zeros_like(layer.values.detach(), dtype=torch.uint8) for name, layer in self.layers.items()
@@ -317,7 +321,7 @@ class TopologyEvolver:
 
     def _advance(self) -> bool:
         self._check.poll()
-        if self.step_count == 0:
+        if self.step_count == self._first_step:
             self._compare("before the first step")
         update = self.schedule.is_update(self.step_count + 1)
         if update:

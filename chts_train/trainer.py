@@ -13,6 +13,7 @@ its trainer, and they train one model together (:mod:`chts_train.parallel`).
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import shutil
 import sys
@@ -25,12 +26,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chts_kernels import pack
+
 from .checkpoint import FOLDER, find_checkpoint, read_checkpoint, restore, save_checkpoint
 from .checkpoint_rules import check_fit
 from .configs import RunConfig
 from .extras import require
 from .interrupt import GracefulStop
-from .linear import sparsify_
+from .linear import sparse_layers, sparsify_
 from .methods import attach_method, get_method
 from .metrics import METRICS, UPDATES, MetricsLog, update_summary
 from .optim import make_optimizer, make_scheduler
@@ -81,7 +84,7 @@ class Trainer:
         data: Any = None,
     ) -> None:
         data = config.load_data() if data is None else data
-        self._build(config.fit(data), data, run, settings, origin or {}, weights)
+        self._build(config.fit(data), data, run, settings, origin or {}, weights, step=0)
 
     @classmethod
     def resume(cls, path: str | Path, settings: Settings | None = None, *, run: str | Path | None = None) -> Trainer:
@@ -105,7 +108,8 @@ class Trainer:
                 )
         config = RunConfig.from_dict(checkpoint.config["run"])
         self = cls.__new__(cls)
-        self._build(config, config.load_data(), run or home, settings, checkpoint.config.get("origin", {}), None)
+        origin = checkpoint.config.get("origin", {})
+        self._build(config, config.load_data(), run or home, settings, origin, None, step=checkpoint.step)
         restore(checkpoint, self.model, self.optimizer, self._parts(), rng=True)
         if run is not None:
             for log in (self.log, self.update_log):
@@ -122,12 +126,16 @@ class Trainer:
         settings: Settings | None,
         origin: Mapping[str, Any],
         weights: Mapping[str, Tensor] | None,
+        step: int,
     ) -> None:
         require("safetensors.torch", "saving checkpoints")  # now, not after an hour of training
         self.config, self.run, self.settings, self.origin = config, Path(run), settings or Settings(), dict(origin)
         self.method = get_method(config.method)
         self.processes = Processes.here(self.settings.parallel)
         self.processes.check(config.batch_size, self.method.kind)
+        if config.dense_steps and (self.method.kind != "sparse" or self.processes.kind == "fsdp"):
+            with_what = f"method {self.method.name}" if self.method.kind != "sparse" else "parallel fsdp"
+            raise ValueError(f"dense_fraction must be 0 with {with_what}, got {config.dense_fraction}")
         self.device = resolve_device(self.settings.device)
         self.precision = resolve_precision(config.precision, self.device)
         self.compile = resolve_compile(self.settings.compile, self.device, self.processes.kind)
@@ -143,27 +151,8 @@ class Trainer:
         self.model.to(self.device)
         self.dense_parameters = sum(p.numel() for p in self.model.parameters())
         self.dense_figures = self.evaluate(config.eval_tokens) if weights is not None else None
-        sparsity = self.method.sparsity_config(
-            config.seed,
-            init=config.init,
-            srste_lambda=config.srste_lambda,
-            impl=config.impl,
-            weight_grad=config.weight_grad,
-        )
-        self.records = sparsify_(self.model, sparsity) if sparsity else []
-        if self.compile != "off":
-            compile_blocks(self.model)
-        self.network = self.processes.wrap(self.model, self.device)
-        # Everything that writes weights here follows with the operands; sharded values keep none.
-        resident = self.precision == "bf16" and self.processes.kind != "fsdp"
-        self.optimizer = make_optimizer(
-            config.optimizer, self.model, resident_operands=torch.bfloat16 if resident else None,
-            **_take(config, "lr", "betas", "eps", "weight_decay"),
-        )  # fmt: skip
-        self.scheduler = make_scheduler(self.optimizer, **_take(config, "total_steps", "warmup_steps", "min_lr_ratio"))
         self.schedule = TopologySchedule(**_take(config, *(item.name for item in fields(TopologySchedule))))
-        self.evolver = attach_method(self.method, self.model, self.optimizer, self.schedule, config.seed)
-        self.graphs = StepGraphs(self._pass, self.optimizer, self.device) if self.compile == "graph" else None
+        self._assemble(dense=config.dense_at(step))
 
         self.counters = Counters()
         self.log, self.update_log = (
@@ -175,6 +164,58 @@ class Trainer:
         self._figures: tuple[int, dict[str, float]] = (-1, {})  # the last evaluation and its step
         self._saved: Path | None = None  # the checkpoint of this very step
         self._resumed: Path | None = None
+
+    def _assemble(self, *, dense: bool, step: int = 0) -> None:
+        """Everything around the model: sparse layers, compilation, wrapping, optimizer, scheduler, evolver and graphs."""
+        config = self.config
+        sparsity = self.method.sparsity_config(
+            config.seed,
+            init=config.init or ("magnitude" if config.dense_steps else None),
+            srste_lambda=config.srste_lambda,
+            impl=config.impl,
+            weight_grad=config.weight_grad,
+        )
+        self.dense = dense and sparsity is not None
+        self.records = sparsify_(self.model, sparsity) if sparsity and not dense else []
+        if self.compile != "off":
+            compile_blocks(self.model)
+        self.network = self.processes.wrap(self.model, self.device)
+        # Everything that writes weights here follows with the operands; sharded values keep none.
+        resident = self.precision == "bf16" and self.processes.kind != "fsdp"
+        self.optimizer = make_optimizer(
+            config.optimizer, self.model, resident_operands=torch.bfloat16 if resident else None,
+            **_take(config, "lr", "betas", "eps", "weight_decay"),
+        )  # fmt: skip
+        self.scheduler = make_scheduler(self.optimizer, **_take(config, "total_steps", "warmup_steps", "min_lr_ratio"))
+        self.evolver = None
+        if not self.dense:
+            self.evolver = attach_method(self.method, self.model, self.optimizer, self.schedule, config.seed, step)
+        self.graphs = StepGraphs(self._pass, self.optimizer, self.device) if self.compile == "graph" else None
+
+    def _compress(self) -> None:
+        """End the dense start: prune by magnitude; weights and the optimizer's state go on at the links."""
+        names = dict(self.model.named_parameters())
+        states = {name: self.optimizer.state[p] for name, p in names.items() if p in self.optimizer.state}
+        schedule = self.scheduler.state_dict()
+        for parameter in names.values():
+            parameter.grad = None
+        # DDP's hooks, the captured graphs and their memory: gone before their successors come.
+        self.network = self.optimizer = self.scheduler = self.graphs = None
+        gc.collect()
+        self._assemble(dense=False, step=self.counters.step)
+        self.scheduler.load_state_dict(schedule)
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        links = {f"{name}.values": (f"{name}.weight", layer) for name, layer in sparse_layers(self.model).items()}
+        for name, parameter in self.model.named_parameters():
+            source, layer = links.get(name, (name, None))
+            state = states.get(source)
+            if state is not None:
+                self.optimizer.state[parameter] = {
+                    key: value if layer is None or not _is_like(value, names[source]) else pack(value, layer.ids, layer.n)
+                    for key, value in state.items()
+                }
+        self.log.write("compress", self.counters.step, method=self.method.name)
 
     def train(self) -> Outcome:
         """Train to the end, or to a signal: then the step is finished and a checkpoint saved before this returns.
@@ -268,6 +309,8 @@ class Trainer:
         """One batch: backward over its micro-batches, then the optimizer's step or a topology update."""
         start = time.monotonic()
         counters, processes, size = self.counters, self.processes, self.config.micro_batch
+        if self.dense and counters.step == self.config.dense_steps:
+            self._compress()
         inputs, targets = next(self.batches)
         total = self.task.count(targets)
         if processes.size > 1:  # each process drops its own paths, and a resumed run the same ones
@@ -414,3 +457,8 @@ class Trainer:
 
 def _take(config: RunConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
+
+
+def _is_like(value: Any, weight: Tensor) -> bool:
+    """Whether an entry of the optimizer's state has a number for every weight."""
+    return isinstance(value, Tensor) and value.shape == weight.shape

@@ -32,8 +32,9 @@ TUNING_SEED = 0
 # In the order in which they run: what decides most comes first, should time run out.
 _PRETRAIN = ("dense", "chts24", "random-regrow", "static", "srste24", "ste24")
 _PRETRAIN14 = ("chts14", "random-regrow14", "static14", "srste14", "ste14")
-# Beyond the paper: whole patterns move, by the gradient and by chance (the control); their schedule is in Method.settings.
-_BEYOND, _BEYOND14 = ("rigl24", "random-moves"), ("rigl14", "random-moves14")
+# Beyond the paper: patterns chosen by weights that trained densely for a while; whole patterns that move, by the gradient and by
+# chance (the control). Their schedules are in Method.settings.
+_BEYOND, _BEYOND14 = ("dense-start24", "rigl24", "random-moves"), ("dense-start14", "rigl14", "random-moves14")
 _RETRAIN = ("dense", "nvidia", "random-regrow", "chts24")
 _LATE = ("random-regrow14", "ste14", "random-moves14")
 """After all seeds of a table's other methods."""
@@ -225,6 +226,8 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     values = config.to_dict()
     for own in ("method", "seed", "srste_lambda", "name"):
         del values[own]
+    if not values["dense_fraction"]:
+        del values["dense_fraction"]  # rows from before it existed are of the same protocol
     spec = values["data"]["spec"]
     # Unpacked or not, it is the same data.
     values["data"]["spec"] = [Path(s).name.removesuffix(".xz") for s in ([spec] if isinstance(spec, str) else spec)]

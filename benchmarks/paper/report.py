@@ -186,7 +186,7 @@ def targets(title: str, rows: Rows) -> Table | None:
         values = values_of(of_n)
         srste = next((values[_title(r)] for r in of_n if r["srste_lambda"] is not None), {})
         faithful = values.get(f"chts{n}4", {})
-        rules = {_title(r): r["method"] for r in of_n if get_method(r["method"]).evolves}
+        rules = {_title(r): r["method"] for r in of_n if get_method(r["method"]).evolves or get_method(r["method"]).settings}
         for arm in sorted(rules):
             seeds = sorted(values[arm].keys() & srste.keys())
             if not seeds:

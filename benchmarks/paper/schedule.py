@@ -231,7 +231,8 @@ def _note_failure(plan: Plan, arm: Arm) -> None:
 def _program(arm: Arm) -> tuple[str, str, int]:
     """What arms have in common that run the same compiled code."""
     method = get_method(arm.method)
-    return arm.group, method.kind, 0 if method.kind == "dense" else method.n
+    kind = "dense, then sparse" if "dense_fraction" in method.settings else method.kind
+    return arm.group, kind, 0 if method.kind == "dense" else method.n
 
 
 def _tell(plan: Plan, arm: Arm, failed: dict[str, str], took: str = "") -> None:
