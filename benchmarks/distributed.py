@@ -46,7 +46,7 @@ from chts_train.configs import PRESETS, preset
 from chts_train.models.llama import DecoderLayer, NextTokenLoss
 from chts_train.models.vit import Block
 from chts_train.parallel import Processes, joined, leave_at_once
-from chts_train.step_graphs import RECOMPILATIONS
+from chts_train.step_graphs import allow_blocks
 
 PROVIDERS = ("dense", "chts")
 KINDS = ("single", "ddp", "fsdp")
@@ -330,8 +330,7 @@ def _related(row: Row, rows: Sequence[Row]) -> Row:
 
 def _compile(model: nn.Module) -> None:
     """Compile the forward functions of blocks and loss: the hooks of FSDP around them stay eager."""
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)
+    allow_blocks()
     for module in model.modules():
         if isinstance(module, DecoderLayer | NextTokenLoss | Block):
             module.forward = torch.compile(module.forward, fullgraph=True, dynamic=False)

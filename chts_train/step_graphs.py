@@ -29,8 +29,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
     Returns:
         ``model``; unchanged where it has no such blocks.
     """
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)
+    allow_blocks()
     rates = {module.drop_path.rate for module in model.modules() if isinstance(module, Block)}
     found: list[nn.Module] = []
     for module in model.modules():
@@ -41,6 +40,14 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
     for module in found:
         module.compile(fullgraph=True, dynamic=False, **options)
     return model
+
+
+def allow_blocks() -> None:
+    """Set what torch's compiler needs to know of models compiled block by block: many versions of one function; and under DDP no
+    further splits of a block at the borders of gradient buckets, whose pieces cost more host time than their messages gain."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)
+    config.optimize_ddp = False
 
 
 class StepGraphs:
