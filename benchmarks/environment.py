@@ -50,7 +50,7 @@ def capture() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cusparselt": cusparselt_version(),
         "chts": _version("chts"),
-        "commit": _commit() or os.environ.get("CHTS_COMMIT"),  # a copy of the tree without git is told
+        "commit": os.environ.get("CHTS_COMMIT") or _commit(),  # a copy of the tree may have another one's git, or none
         "kernel_hash": kernel_hash(),
         "python": platform.python_version(),
         "machine": platform.machine(),

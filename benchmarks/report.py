@@ -1,7 +1,8 @@
 """Rendering: result files to tables between markers in Markdown files, so that no figure is ever typed by hand.
 
-A Markdown file marks a region with ``<!-- report:begin NAME -->`` and ``<!-- report:end NAME -->``; NAME is "all" or one of
-:data:`PARTS`. Without result files a region says so.
+A Markdown file marks a region with ``<!-- report:begin NAME -->`` and ``<!-- report:end NAME -->``; NAME is "all", one of
+:data:`PARTS`, or "distributed" (what :mod:`benchmarks.distributed` and :mod:`benchmarks.curves` measured). Without result files a
+region says so.
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ def part(name: str, view: View) -> list[Table]:
 
 def render(name: str, files: Sequence[Path]) -> str:
     """The Markdown of a region: a section for each result file, with its plots where they exist."""
+    if name == "distributed":
+        from benchmarks.distributed import markdown
+
+        return "\n".join(markdown(Results.load(path)) for path in sorted((RESULTS / name).glob("*.json"))) or NOTHING
     sections = []
     for path in files:
         view = View(Results.load(path))

@@ -116,7 +116,9 @@ def percent(share: float | None) -> str:
 
 
 def mebibytes(size: float | None) -> str:
-    return "" if size is None else f"{size / 2**20:.4g} MiB"
+    if size is None:
+        return ""
+    return f"{size / 2**20:,.0f} MiB" if size >= 1e4 * 2**20 else f"{size / 2**20:.4g} MiB"
 
 
 def verdict(ratio: float | None) -> str:
