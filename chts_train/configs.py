@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .models import Llama, LlamaConfig, ViT, ViTConfig
+from .new_moments import NEW_MOMENTS
 
 if TYPE_CHECKING:
     from .data import ImageData, TextData
@@ -71,7 +72,8 @@ class RunConfig:
     weight_grad: of the sparse layers: "exact", or "mvue24", an unbiased random estimate on sparse tensor cores.
     seed: initial weights, batches and topology.
     eval_interval: steps between evaluations. eval_tokens: targets (images: images) of one evaluation, None for all.
-    zeta, zeta_end, interval, t_start, t_end, stop_fraction, lr_ramp_steps: of the TopologySchedule; only for methods that evolve.
+    zeta, zeta_end, interval, t_start, t_end, stop_fraction, lr_ramp_steps: of the TopologySchedule; new_moments: of the TopologyEvolver;
+    only for methods that evolve.
 
     Raises ValueError naming the field, its rule and the value; TypeError when a value has another type.
     """
@@ -111,6 +113,7 @@ class RunConfig:
     t_end: float = 9.0
     stop_fraction: float = 0.75
     lr_ramp_steps: int = 10
+    new_moments: str = "zero"
     dense_fraction: float = 0.0
 
     def __post_init__(self) -> None:
@@ -154,6 +157,7 @@ class RunConfig:
             "t_end": (0 < self.t_end < math.inf, "positive and finite"),
             "stop_fraction": (0 <= self.stop_fraction <= 1, "in [0, 1]"),
             "lr_ramp_steps": (self.lr_ramp_steps >= 0, "at least 0"),
+            "new_moments": (self.new_moments in NEW_MOMENTS, f"one of {', '.join(NEW_MOMENTS)}"),
             "dense_fraction": (0 <= self.dense_fraction < 1, "in [0, 1)"),
         }
         for name, (holds, rule) in rules.items():

@@ -165,6 +165,12 @@ def _sharded_axis(values: torch.Tensor, name: str) -> int | None:
     return sharded[0] if sharded else None
 
 
+def mesh_group(values: torch.Tensor) -> Any:
+    """The process group over which a DTensor's rows are divided; None where every rank holds all of them."""
+    axis = _sharded_axis(values, "values")
+    return None if axis is None else values.device_mesh.get_group(axis)
+
+
 def gathered_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """All of every DTensor on this rank, like :func:`gathered`, in one message for those of a mesh and dtype; copies, always.
 

@@ -169,10 +169,11 @@ def attach_method(
     schedule: TopologySchedule,
     seed: int = 0,
     step_count: int = 0,
+    new_moments: str = "zero",
 ) -> TopologyEvolver | None:
     """What a method needs besides the sparse model: SR-STE's decay is hooked into the optimizer, an evolver is returned.
 
-    ``step_count``: steps that the model has behind it.
+    ``step_count``, ``new_moments``: of :class:`TopologyEvolver`.
 
     Returns:
         The evolver (not attached: call its ``step`` in the loop), or None when the topology does not evolve.
@@ -182,5 +183,6 @@ def attach_method(
     if not method.evolves:
         return None
     return TopologyEvolver(
-        model, optimizer, schedule, removal=method.removal, regrowth=method.regrowth, seed=seed, step_count=step_count
-    )
+        model, optimizer, schedule, removal=method.removal, regrowth=method.regrowth, seed=seed, step_count=step_count,
+        new_moments=new_moments,
+    )  # fmt: skip

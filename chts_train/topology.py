@@ -30,6 +30,7 @@ from .distributed import (
 )
 from .linear import SparseLinear, sparse_layers
 from .moves import Member, move_many
+from .new_moments import NEW_MOMENTS, estimate_, second_moments
 
 MAX_AGE = 255
 """Link ages are kept in one byte, in updates, and stop here."""
@@ -145,6 +146,8 @@ class TopologyEvolver:
             it is raised one of the next steps, when the figures have arrived.
         process_group: the ranks that train this model and so must agree, default all of them.
         step_count: optimizer steps that the model has behind it, where it became sparse only then.
+        new_moments: "zero", the paper's: new links start with all moments at 0; or "estimated": with second moments estimated from the
+            links around them (:mod:`chts_train.new_moments`), which keeps Adam from making huge steps with them.
 
     Raises:
         ValueError: when there is no sparse layer, the optimizer lacks a layer's values, or an option is unknown.
@@ -164,7 +167,10 @@ class TopologyEvolver:
         verify: bool = True,
         process_group: Any = None,
         step_count: int = 0,
+        new_moments: str = "zero",
     ) -> None:
+        if new_moments not in NEW_MOMENTS:
+            raise ValueError(f"new_moments: must be one of {list(NEW_MOMENTS)}, got {new_moments!r}")
         if step_count < 0:
             raise ValueError(f"step_count: must not be negative, got {step_count}")
         if removal not in RULES:
@@ -188,6 +194,7 @@ class TopologyEvolver:
                 first_row(layer.values, f"{name}.values")
         self.optimizer, self.schedule = optimizer, schedule
         self.removal, self.regrowth, self.seed, self.collect_stats = removal, regrowth, seed, collect_stats
+        self.new_moments = new_moments
         self.step_count = self._first_step = step_count
         self.updates = 0
         self.ages = {
@@ -286,6 +293,7 @@ class TopologyEvolver:
             "seed": self.seed,
             "removal": self.removal,
             "regrowth": self.regrowth,
+            "new_moments": self.new_moments,
             "schedule": asdict(self.schedule),
             "ages": dict(self.ages),
         }
@@ -296,10 +304,11 @@ class TopologyEvolver:
         Raises:
             ValueError: when the state is of other layers, another seed or another rule; then nothing was changed.
         """
-        for key in ("seed", "removal", "regrowth"):
-            if state[key] != getattr(self, key):
+        known = {"new_moments": "zero", **state}  # states of before there was a choice
+        for key in ("seed", "removal", "regrowth", "new_moments"):
+            if known[key] != getattr(self, key):
                 raise ValueError(
-                    f"{key}: must be this evolver's {getattr(self, key)!r}, got {state[key]!r} in the state"
+                    f"{key}: must be this evolver's {getattr(self, key)!r}, got {known[key]!r} in the state"
                 )
         if list(state["ages"]) != list(self.ages):
             raise ValueError(f"ages: must be of the layers {list(self.ages)}, got {list(state['ages'])}")
@@ -329,6 +338,7 @@ class TopologyEvolver:
             if self._gradients is not None:
                 self._gradients.check()
         moments = self._moments() if update else {}  # may raise: before anything is counted or changed
+        seconds = self._second_moments() if update else {}
         if update:
             for layer in self.layers.values():
                 layer.require_fresh_operands()
@@ -336,6 +346,8 @@ class TopologyEvolver:
         if update:
             with torch.profiler.record_function("chts::topology_update"):
                 self._move(moments) if "moves" in self.removal else self._update(moments)
+                for name, tensors in seconds.items():
+                    estimate_(self.layers[name], self.ages[name], tensors, name)
             for layer in self.layers.values():
                 layer.follow_with_operands()
             self._compare(f"after the update at step {self.step_count}")
@@ -428,6 +440,21 @@ class TopologyEvolver:
     def _moments(self) -> dict[str, list[torch.Tensor]]:
         """Per layer the optimizer's tensors that follow links."""
         return {name: self._moments_of(name, layer.values) for name, layer in self.layers.items()}
+
+    def _second_moments(self) -> dict[str, list[torch.Tensor]]:
+        """Per layer what is to be estimated for its new links."""
+        if self.new_moments == "zero":
+            return {}
+        found = {}
+        for name, layer in self.layers.items():
+            state = self.optimizer.state.get(layer.values, {})
+            found[name] = second_moments(state, layer.values)
+            if state and not found[name]:
+                raise ValueError(
+                    f"new_moments: must be 'zero' with an optimizer that keeps no means of squared gradients, got 'estimated' with "
+                    f"{type(self.optimizer).__name__}"
+                )
+        return found
 
     def _moments_of(self, name: str, values: nn.Parameter) -> list[torch.Tensor]:
         found = []

@@ -189,7 +189,9 @@ class Trainer:
         self.scheduler = make_scheduler(self.optimizer, **_take(config, "total_steps", "warmup_steps", "min_lr_ratio"))
         self.evolver = None
         if not self.dense:
-            self.evolver = attach_method(self.method, self.model, self.optimizer, self.schedule, config.seed, step)
+            self.evolver = attach_method(
+                self.method, self.model, self.optimizer, self.schedule, config.seed, step, config.new_moments
+            )
         self.graphs = StepGraphs(self._pass, self.optimizer, self.device) if self.compile == "graph" else None
 
     def _compress(self) -> None:

@@ -22,7 +22,8 @@ PANELS: dict[int, Sequence[tuple[str, str, str]]] = {
 }
 """Figure -> panels (curve, title, scale): training, spread of the scores, effect of soft regrowth."""
 STYLES = {2: "-", 1: "--", None: ":"}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F",
+           "#8C510A", "#6A3D9A", "#B5CF6B", "#17BECF")  # fmt: skip
 
 
 def draw(folder: Path, scale: str, numbers: Sequence[int]) -> list[Path]:

@@ -226,8 +226,9 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     values = config.to_dict()
     for own in ("method", "seed", "srste_lambda", "name"):
         del values[own]
-    if not values["dense_fraction"]:
-        del values["dense_fraction"]  # rows from before it existed are of the same protocol
+    for field, default in (("dense_fraction", 0.0), ("new_moments", "zero")):
+        if values[field] == default:
+            del values[field]  # rows from before it existed are of the same protocol
     spec = values["data"]["spec"]
     # Unpacked or not, it is the same data.
     values["data"]["spec"] = [Path(s).name.removesuffix(".xz") for s in ([spec] if isinstance(spec, str) else spec)]

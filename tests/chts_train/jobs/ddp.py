@@ -13,17 +13,17 @@ from .common import DEVICE, RANK, SCHEDULE, STEPS, WORLD, batch, count_calls, dd
 
 
 def check_ddp_is_a_single_process():
-    for n, attached in ((2, True), (1, False)):
+    for n, attached, rule in ((2, True, {}), (1, False, {}), (2, False, {"new_moments": "estimated"})):
         model = make(n)
         network = ddp(model)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-        evolver = TopologyEvolver(network, optimizer, SCHEDULE, seed=7)
+        evolver = TopologyEvolver(network, optimizer, SCHEDULE, seed=7, **rule)
         if attached:
             evolver.attach()
         sent = count_calls("all_gather")
         train(model, optimizer, evolver, mine, network=network)
         assert sent() == 3, sent()  # before the first step, and after each of the two updates
-        same((model, optimizer, evolver), single(n), exact=WORLD == 2)
+        same((model, optimizer, evolver), single(n, **rule), exact=WORLD == 2)
 
 
 def check_ddp_accumulates_and_clips():

@@ -70,6 +70,15 @@ def check_fsdp_gathers_together_what_fits():
     assert gathers == [1, 3], gathers
 
 
+def check_fsdp_estimates_new_moments():
+    for n, rule in ((2, {}), (1, {"removal": "moves", "regrowth": "random"})):
+        model = shard(make(n))
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        evolver = TopologyEvolver(model, optimizer, SCHEDULE, seed=7, new_moments="estimated", **rule)
+        train(model, optimizer, evolver, mine)
+        same((model, optimizer, evolver), single(n, new_moments="estimated", **rule), exact=False)
+
+
 def check_gathered_together():
     from chts_train.distributed import gathered_together, sums
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import torch
@@ -10,21 +11,26 @@ import torch.distributed as dist
 from .common import DEVICE, FOLDER, RANK, WORLD, hidden_group
 
 
-def check_trainer_is_a_single_process():
-    from chts_train.checkpoint import read_checkpoint
+def micro(**changes):
     from chts_train.configs import DataConfig, RunConfig
     from chts_train.models import LlamaConfig
+
+    size = {"hidden_size": 20, "intermediate_size": 28, "num_attention_heads": 2, "num_hidden_layers": 1}
+    return RunConfig(
+        name="micro", model=LlamaConfig(**size, max_position_embeddings=64),
+        data=DataConfig(spec=str(FOLDER / "text"), val_fraction=0.2), total_steps=8,
+        batch_size=6 if WORLD <= 3 else 2 * WORLD, micro_batch=2, seq_len=24, warmup_steps=2, lr=1e-2,
+        interval=3, lr_ramp_steps=1, zeta=0.3, eval_interval=4, eval_tokens=200, precision="fp32", **changes,
+    )  # fmt: skip
+
+
+def check_trainer_is_a_single_process():
+    from chts_train.checkpoint import read_checkpoint
     from chts_train.parallel import Processes
     from chts_train.settings import Settings
     from chts_train.trainer import Trainer
 
-    size = {"hidden_size": 20, "intermediate_size": 28, "num_attention_heads": 2, "num_hidden_layers": 1}
-    config = RunConfig(
-        name="micro", model=LlamaConfig(**size, max_position_embeddings=64),
-        data=DataConfig(spec=str(FOLDER / "text"), val_fraction=0.2), total_steps=8,
-        batch_size=6 if WORLD <= 3 else 2 * WORLD, micro_batch=2, seq_len=24, warmup_steps=2, lr=1e-2,
-        interval=3, lr_ramp_steps=1, zeta=0.3, eval_interval=4, eval_tokens=200, precision="fp32",
-    )  # fmt: skip
+    config = micro()
     rows = {}
     for kind in ("ddp", "fsdp"):
         run = FOLDER / f"run-{kind}-{WORLD}"
@@ -83,6 +89,35 @@ def check_trainer_is_a_single_process():
                 assert torch.equal(saved.model[name], tensor), (kind, name)
             else:
                 torch.testing.assert_close(saved.model[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def check_a_dense_start_over_ddp_is_a_single_process():
+    from chts_train.settings import Settings
+    from chts_train.trainer import Trainer
+
+    config, ends = micro(method="chts24", dense_fraction=0.5, optimizer="sgd"), []
+    for name, parallel in (("dense-start", "ddp"), (f"dense-start-alone-{RANK}", "auto")):
+        run = FOLDER / f"{name}-{WORLD}"
+        run.mkdir(exist_ok=True)
+        settings = Settings(device=DEVICE.type, quiet=True, log_interval=1, parallel=parallel, checkpoints=False)
+        with hidden_group() if parallel == "auto" else contextlib.nullcontext():
+            trainer = Trainer(config, run, settings)
+            assert trainer.dense
+            trainer.train()
+        assert not trainer.dense and trainer.evolver.updates == 1
+        ends.append({name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()})
+    try:
+        Trainer(config, FOLDER / f"dense-start-{WORLD}", Settings(device=DEVICE.type, quiet=True, parallel="fsdp"))
+    except ValueError as error:
+        assert "dense_fraction must be 0 with parallel fsdp, got 0.5" in str(error), error
+    else:
+        raise AssertionError("not refused")
+    for name, tensor in ends[1].items():
+        if name.endswith(".ids"):
+            share = (ends[0][name] != tensor).float().mean()
+            assert share <= (0 if DEVICE.type == "cpu" else 0.1), (name, share)
+        elif DEVICE.type == "cpu":
+            torch.testing.assert_close(ends[0][name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def check_trainer_refuses_what_cannot_be_split():

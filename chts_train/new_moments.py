@@ -1,0 +1,76 @@
+"""Second moments for links that a topology update has just made: an estimate from the links around them.
+
+Adam divides by sqrt(v). A new link whose v starts at 0, while the bias correction of its tensor's step counter is long over, makes
+steps of up to (1 - beta1^t) / sqrt(1 - beta2^t) learning rates, 6.5 at its tenth step with the usual betas, whatever its gradient.
+The estimate is the rank-one factorisation of Adafactor (Shazeer and Stern, "Adafactor", ICML 2018), over the links that were there
+before: v[i, j] = r[i] * c[j] / m, with r the mean of v over row i, c over column j, and m over the matrix. It is exact where v is an outer
+product, as the squared gradients of a linear layer nearly are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from chts_kernels.ops.pack.reference import link_columns
+from chts_kernels.patterns import BLOCK
+
+from .distributed import first_row, is_dtensor, mesh_group
+from .linear import SparseLinear
+
+NEW_MOMENTS = ("zero", "estimated")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+"""Keys of torch's optimizers for running means of squared gradients."""
+
+
+def second_moments(state: Mapping[str, Any], values: torch.Tensor) -> list[torch.Tensor]:
+    """The entries of a parameter's optimizer state that :func:`estimate_` is for."""
+    return [state[key] for key in SECOND_MOMENTS if isinstance(state.get(key), torch.Tensor) and state[key].shape == values.shape]
+
+
+@torch.no_grad()
+def estimate_(layer: SparseLinear, ages: torch.Tensor, moments: Sequence[torch.Tensor], name: str) -> None:
+    """Fill in the second moments of a layer's new links, in place; nothing waits for the device.
+
+    Deterministic on one kind of device, so that the ranks of a data-parallel job go on in step: no atomic additions.
+
+    Args:
+        layer: with its ids of today.
+        ages: uint8 [N, K*n/4] like the values (a DTensor where they are one): 0 marks a new link.
+        moments: each [N, K*n/4] likewise.
+        name: of the layer, for errors.
+
+    Raises:
+        NotImplementedError: values sharded otherwise than along dim 0.
+    """
+    start, group = 0, None
+    if is_dtensor(layer.values):
+        start, group = first_row(layer.values, f"{name}.values"), mesh_group(layer.values)
+        ages, moments = ages.to_local(), [moment.to_local() for moment in moments]
+    new = ages == 0
+    rows, columns = len(new), BLOCK * layer.ids.shape[1]
+    # [rows, K*n/4]: the column of every link of these rows
+    blocks = slice(start // BLOCK, -(-(start + rows) // BLOCK))
+    inside = link_columns(layer.ids[blocks], layer.n)[start % BLOCK : start % BLOCK + rows]
+    at = (inside + BLOCK * torch.arange(layer.ids.shape[1], device=new.device)[:, None]).reshape(new.shape)
+    for moment in moments:
+        wide = torch.promote_types(moment.dtype, torch.float32)
+        kept = (~new).to(wide)
+        old = moment.to(wide) * kept
+        # [2, K]: sums and counts of columns
+        totals = torch.stack([_column_sums(old, at, columns), _column_sums(kept, at, columns)])
+        if group is not None:
+            torch.distributed.all_reduce(totals, group=group)
+        whole, links = totals.sum(1).unbind()
+        mean = whole / links.clamp(min=1)
+        by_column = torch.where(totals[1] > 0, totals[0] / totals[1].clamp(min=1), mean)
+        count = kept.sum(1)
+        by_row = torch.where(count > 0, old.sum(1) / count.clamp(min=1), mean)
+        guess = by_row[:, None] * (by_column / mean.clamp(min=torch.finfo(wide).tiny))[at]
+        moment.copy_(torch.where(new, guess.to(moment.dtype), moment))
+
+
+def _column_sums(links: torch.Tensor, at: torch.Tensor, columns: int) -> torch.Tensor:
+    return links.new_zeros(len(links), columns).scatter_(1, at, links).sum(0)
