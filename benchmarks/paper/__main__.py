@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 DESCRIPTION = """\
 The paper's experiments at the scale that one GPU allows. An invocation trains for --minutes and stops at checkpoints; the
@@ -15,6 +17,7 @@ next one goes on. Finished arms accumulate in benchmarks/results/paper/table<N>.
   python -m benchmarks.paper --table 1 --jobs 4          every arm of table 1 on seeds 0, 1, 2, four at a time
   python -m benchmarks.paper --table 2 --figure 3 4      the ablation; runs that table 1 has made are taken from there
   python -m benchmarks.paper --table 1 --arms dense chts24 --seeds 0
+  python -m benchmarks.paper --table 1 --arms chts24 --set lr_ramp_steps=0       another setting beside the table's
   python -m benchmarks.paper report                      tables, report.md, figures; --scale tiny for tests' results
   python -m benchmarks.paper flops                       Appendix J
 """
@@ -59,6 +62,8 @@ def _shared(p: argparse.ArgumentParser) -> None:
     p.add_argument("--compile", default="auto", choices=COMPILE, help="of the training (chts pretrain --help); default auto: CUDA graphs")
     p.add_argument("--whole-arms", action="store_true", help="begin no arm that may not fit into the time left, and save no checkpoints: "
                    "for machines whose disks do not stay")  # fmt: skip
+    p.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values for fields of the arms' configs; such arms have "
+                   "rows of their own, and names like chts24+lr_ramp_steps=0")  # fmt: skip
     p.add_argument("--scale", choices=SCALES, default="reduced")
     p.add_argument("--runs", type=Path, default=Path("runs/paper"), help="folder of the run folders (default runs/paper)")
     p.add_argument("--data", type=Path, help="folder with the books pack and cifar10_jpeg.npz; default runs/data")
@@ -93,7 +98,7 @@ def _run(arguments: Sequence[str]) -> int:
         unpacked(places, home), home,
         {key: facts.get(key) for key in ("gpu", "commit", "kernel_hash", "torch")},
         lambda text: print(f"{time.monotonic() - start:6.1f} s  {text}", flush=True), compile=options.compile, whole=options.whole_arms,
-        models=options.model,
+        models=options.model, changes=_changes(options.set),
     )  # fmt: skip
     for table in TABLES:  # also runs that another table has made
         if (path := path_of(options.out, table, options.scale)).exists():
@@ -111,6 +116,24 @@ def _run(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
+def _changes(texts: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    """KEY=VALUE as pairs sorted by key; values are JSON where they are JSON, else text.
+
+    Raises:
+        ValueError: not of that form, a field that arms set themselves, or one within another.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier() or key in ("method", "seed", "srste_lambda", "name", "model", "data", "task"):
+            raise ValueError(f"--set: must be KEY=VALUE with a field of the config that arms do not set themselves, got {text!r}")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return tuple(sorted(found.items()))
+
+
 def _worker(arguments: Sequence[str]) -> int:
     p = argparse.ArgumentParser("python -m benchmarks.paper worker")
     p.add_argument("--group", required=True)
@@ -123,7 +146,7 @@ def _worker(arguments: Sequence[str]) -> int:
     from benchmarks.paper.protocol import Arm, Places
 
     places = Places.find(options.data, options.scale)
-    arm = Arm(options.group, options.method, options.seed, options.decay)
+    arm = Arm(options.group, options.method, options.seed, options.decay, _changes(options.set))
     train_arm(arm, options.scale, unpacked(places, options.runs), options.runs, compile=options.compile, whole=options.whole_arms)
     return 0
 

@@ -10,13 +10,16 @@ import shutil
 import signal
 import statistics
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.paper.protocol import Arm, Places, config_of, fingerprint
+from benchmarks.paper.protocol import REDRAWN, TICKET, Arm, Places, config_of, fingerprint
+from chts_kernels import pack, prune
+from chts_train import sparse_layers
 from chts_train.checkpoint import FOLDER, LATEST
 from chts_train.configs import DataConfig, RunConfig
 from chts_train.interrupt import GracefulStop
@@ -30,6 +33,8 @@ from chts_train.storage import replacing
 from chts_train.trainer import Trainer
 
 UPDATE_KEYS = ("turnover", "zeta", "T", "noise_changed_blocks", "score_mean", "score_var", "score_var_survivors")
+REDRAW_SEED = 1000
+"""Added to an arm's seed where its values are drawn anew."""
 _WINDOW = 10  # steps between lines of the log: the update's cost is read off windows with and without one
 
 
@@ -98,7 +103,31 @@ def _new(arm: Arm, scale: str, places: Places, home: Path, folder: Path, setting
     if arm.needs is None:
         return Trainer(config, new_run(arm.key, folder), settings, data=data)
     weights, _, origin = load_dense(folder_of(arm.needs, scale, places, home))
+    if arm.group.endswith((TICKET, REDRAWN)):
+        trainer = Trainer(config, new_run(arm.key, folder), settings, origin={"patterns": origin}, data=data)
+        take_patterns_(trainer, weights, redraw=arm.group.endswith(REDRAWN))
+        return trainer
     return Trainer(config, new_run(arm.key, folder), settings, weights=weights, origin=origin, data=data)
+
+
+@torch.no_grad()
+def take_patterns_(trainer: Trainer, weights: Mapping[str, Tensor], *, redraw: bool) -> None:
+    """Give a model that has not trained yet the patterns of other dense weights' largest magnitudes.
+
+    Args:
+        trainer: before its first step.
+        weights: the trained dense model's state_dict.
+        redraw: values from other draws of the initial distribution; else those that the dense model of the trainer's seed started with
+            (a lottery ticket: Frankle and Carbin, 2019).
+    """
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(trainer.config.seed + (REDRAW_SEED if redraw else 0))
+        first = trainer.config.build_model().state_dict()
+    for name, layer in sparse_layers(trainer.model).items():
+        device = layer.ids.device
+        layer.ids.copy_(prune(weights[f"{name}.weight"].to(device).float(), layer.n))
+        layer.values.copy_(pack(first[f"{name}.weight"].to(device), layer.ids, layer.n))
+        layer.follow_with_operands()
 
 
 @functools.lru_cache(maxsize=2)
@@ -148,6 +177,8 @@ def collect(arm: Arm, scale: str, places: Places, home: Path) -> dict[str, Any]:
         "turnover": _turnover(updates), "time": _time(lines), "curves": _curves(evaluations, updates),
         "layers": _layers(folder / UPDATES),
     }  # fmt: skip
+    if arm.changes:
+        row["changes"] = dict(arm.changes)
     dense = [line for line in lines if line["kind"] == "dense"]
     if dense:  # a re-training: the model before pruning, and right after it
         row["before"] = {"dense": _figures(dense[0]), "pruned": _figures(evaluations[0])}

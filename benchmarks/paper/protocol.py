@@ -1,7 +1,8 @@
 """What is trained: the arms of every table and figure, and the config of each arm at a scale.
 
 A *group* is a set of arms with one model, data and length: "llama" and "vit" train from scratch, "llama-retrain" and
-"vit-retrain" start from the group's dense arm of the same seed, pruned by magnitude.
+"vit-retrain" start from the group's dense arm of the same seed, pruned by magnitude. "llama-ticket" and "llama-redrawn" take no more
+from that dense arm than the patterns of its largest weights: values start where the dense arm's started, or from other draws.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SEEDS = (0, 1, 2)
 """Of every row of the tables."""
 GROUPS = ("llama", "vit")
 """The two models; each has its group of re-trainings."""
-RETRAIN = "-retrain"
+RETRAIN, TICKET, REDRAWN = "-retrain", "-ticket", "-redrawn"
 LAMBDAS = (6e-5, 2e-4, 6e-4)
 """What SR-STE's decay is tuned over (ALGORITHM section 5)."""
 TUNING_SEED = 0
@@ -42,6 +43,7 @@ TABLES: Mapping[int, Mapping[str, Sequence[str]]] = {
     1: {"llama": (*_PRETRAIN, *_BEYOND, *_PRETRAIN14, *_BEYOND14)},
     2: {"llama": ("greedy", "soft-regrow", "chts24")},
     3: {"vit": ("dense",), f"vit{RETRAIN}": _RETRAIN, "llama": ("dense",), f"llama{RETRAIN}": _RETRAIN},
+    4: {"llama": ("dense", "static", "static14"), f"llama{TICKET}": ("static", "static14"), f"llama{REDRAWN}": ("static", "static14")},
 }
 """Table -> group -> methods. In a re-training group "dense" is the dense model trained on for as long, unpruned."""
 FIGURES = {2: 1, 3: 2, 4: 2}
@@ -81,17 +83,26 @@ _PRESETS = {"llama": "60m", "vit": "vit-small"}
 
 @dataclass(frozen=True)
 class Arm:
-    """One training run of a table: group, method and seed; decay is SR-STE's lambda."""
+    """One training run of a table: group, method and seed; decay is SR-STE's lambda; changes are config fields with other values than
+    the table's protocol has."""
 
     group: str
     method: str
     seed: int
     decay: float | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Arm:
+        """The arm of a result file's row."""
+        changes = tuple(sorted(row.get("changes", {}).items()))
+        return cls(row["group"], row["method"], row["seed"], row["srste_lambda"], changes)
 
     @property
     def name(self) -> str:
-        """The method, with the decay where one is set."""
-        return self.method if self.decay is None else f"{self.method}@{self.decay:g}"
+        """The method, with the decay and the changes where there are any."""
+        name = self.method if self.decay is None else f"{self.method}@{self.decay:g}"
+        return name + "".join(f"+{key}={value}" for key, value in self.changes)
 
     @property
     def key(self) -> str:
@@ -99,8 +110,9 @@ class Arm:
 
     @property
     def needs(self) -> Arm | None:
-        """The dense arm that a re-training starts from."""
-        return Arm(self.group.removesuffix(RETRAIN), "dense", self.seed) if self.group.endswith(RETRAIN) else None
+        """The dense arm that a re-training starts from, or a ticket's patterns come from."""
+        base = base_of(self.group)
+        return Arm(base, "dense", self.seed) if base != self.group else None
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,13 @@ class Places:
         return cls(text, images)
 
 
+def base_of(group: str) -> str:
+    """The group whose dense arm a group's arms start from; else the group itself."""
+    for suffix in (RETRAIN, TICKET, REDRAWN):
+        group = group.removesuffix(suffix)
+    return group
+
+
 def method_name(name: str) -> str:
     """A method's name; "static24" and the like mean the 2:4 method that is written without the number.
 
@@ -153,7 +172,8 @@ def urgency(arm: Arm) -> tuple[bool, int, bool]:
 
 
 def arms_of(
-    table: int, seeds: Sequence[int], tuned: Mapping[str, float | None], only: Sequence[str] = (), models: Sequence[str] = GROUPS
+    table: int, seeds: Sequence[int], tuned: Mapping[str, float | None], only: Sequence[str] = (), models: Sequence[str] = GROUPS,
+    changes: tuple[tuple[str, Any], ...] = (),
 ) -> list[Arm]:
     """The arms of a table that can be named now, seed by seed.
 
@@ -163,16 +183,17 @@ def arms_of(
         tuned: SR-STE method -> decay, once the tuning runs are done; before that only those are listed.
         only: methods, instead of the table's; also ones that the table does not have by default.
         models: of :data:`GROUPS`; the others' arms are left out.
+        changes: of every arm; not of the dense ones that others start from.
     """
     found: dict[str, Arm] = {}
     for seed in seeds:
         for group, methods in TABLES[table].items():
-            if group.removesuffix(RETRAIN) not in models:
+            if base_of(group) not in models:
                 continue
             # Re-training takes no STE methods, and its base group trains nothing but the dense model.
-            free = tuple(only) if group.endswith(RETRAIN) or len(methods) > 1 else methods
+            free = tuple(only) if base_of(group) != group or len(methods) > 1 else methods
             for method in free if only else methods:
-                made = _arms(group, method, seed, tuned)
+                made = [replace(arm, changes=changes) for arm in _arms(group, method, seed, tuned)]
                 found |= {arm.key: arm for arm in made}
     return list(found.values())
 
@@ -180,6 +201,8 @@ def arms_of(
 def _arms(group: str, method: str, seed: int, tuned: Mapping[str, float | None]) -> list[Arm]:
     known = get_method(method)
     if group.endswith(RETRAIN) and known.kind == "ste":
+        return []
+    if group.endswith((TICKET, REDRAWN)) and known.kind != "sparse":
         return []
     if not known.srste_lambda:
         return [Arm(group, method, seed)]
@@ -196,7 +219,7 @@ def config_of(arm: Arm, scale: str, places: Places) -> RunConfig:
     """
     if scale not in SCALES:
         raise ValueError(f"scale: must be one of {', '.join(SCALES)}, got {scale!r}")
-    group = arm.group.removesuffix(RETRAIN)
+    group = base_of(arm.group)
     if group not in _PRESETS:
         raise ValueError(f"group: must be one of {', '.join(_CHANGES[scale])}, got {arm.group!r}")
     base = preset(_PRESETS[group])
@@ -206,12 +229,14 @@ def config_of(arm: Arm, scale: str, places: Places) -> RunConfig:
         changes[part] = values[part] | changes.get(part, {})
     base = RunConfig.from_dict(values | changes)
     base = replace(base, data=_data(base.data, group, places))
-    if arm.needs is not None:
+    if arm.group.endswith(RETRAIN):
         base = retrain_config(base, **_CHANGES[scale][arm.group])
     own = dict(get_method(arm.method).settings)
     if scale == "tiny":  # 24 steps: updates come when the others' do
         own = {key: value for key, value in own.items() if key not in ("interval", "stop_fraction")}
-    return replace(base, **own, method=arm.method, seed=arm.seed, srste_lambda=arm.decay, name=arm.group)
+    own |= dict(arm.changes)
+    values = base.to_dict() | own | {"method": arm.method, "seed": arm.seed, "srste_lambda": arm.decay, "name": arm.group}
+    return RunConfig.from_dict(values)
 
 
 def _data(data: DataConfig, group: str, places: Places) -> DataConfig:
@@ -244,6 +269,6 @@ def fingerprint(arm: Arm, scale: str, places: Places) -> str:
 
 def protocol_of(table: int, scale: str, places: Places, models: Sequence[str] = GROUPS) -> dict[str, Any]:
     """The settings of a table's groups (those of ``models``), as its result file states them."""
-    wanted = [group for group in TABLES[table] if group.removesuffix(RETRAIN) in models]
+    wanted = [group for group in TABLES[table] if base_of(group) in models]
     groups = {group: settings_of(config_of(Arm(group, "chts24", 0), scale, places)) for group in wanted}
     return {"scale": scale, "srste_lambdas": list(LAMBDAS), "tuning_seed": TUNING_SEED, "groups": groups}

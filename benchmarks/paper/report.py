@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper import flops
-from benchmarks.paper.protocol import FIGURES, RETRAIN, SEEDS, TABLES, arms_of
+from benchmarks.paper.protocol import FIGURES, REDRAWN, RETRAIN, SEEDS, TABLES, TICKET, arms_of
 from benchmarks.paper.results import Paper, path_of, tuned
 from benchmarks.view import Table
 from chts_train.methods import get_method
@@ -22,6 +22,7 @@ TITLES = {
     1: "training from scratch",
     2: "hard and soft rules",
     3: "dense to sparse",
+    4: "what a pattern is worth",
 }
 
 
@@ -66,6 +67,9 @@ def render(folder: Path, scale: str) -> list[Table]:
 def tables_of(file: Paper) -> list[Table]:
     """Per group of a table: its protocol, means, paired differences, what rules add to SR-STE, and its tuning."""
     found = []
+    if file.table == 4 and file.rows:  # tickets beside what they are to be compared with
+        title = f"Table 4 ({file.protocol['scale']}): {TITLES[4]}, llama"
+        return [means(title, file, "llama", file.rows), *filter(None, [differences(title, file.rows)])]
     for group in TABLES[file.table]:
         rows = [row for row in file.rows if row["group"] == group]
         # The dense start of a re-training group is in that group's own table.
@@ -256,6 +260,8 @@ def _pair(mine: Mapping[int, float], theirs: Mapping[int, float]) -> str:
 
 def _title(row: Mapping[str, Any]) -> str:
     name = row["arm"]
+    if row["group"].endswith((TICKET, REDRAWN)):
+        return f"{name}, {'first' if row['group'].endswith(TICKET) else 'other'} values, patterns of the trained dense model"
     return f"{name}, trained on" if row["group"].endswith(RETRAIN) and row["method"] == "dense" else name
 
 

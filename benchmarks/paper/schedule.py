@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.paper.arms import collect, folder_of, forget, has_checkpoint, is_finished, train_arm
-from benchmarks.paper.protocol import GROUPS, RETRAIN, ROOT, Arm, Places, arms_of, config_of, fingerprint, urgency
+from benchmarks.paper.protocol import GROUPS, ROOT, Arm, Places, arms_of, base_of, config_of, fingerprint, urgency
 from benchmarks.paper.results import Paper, tuned
 from chts_train.methods import get_method
 
@@ -47,6 +48,8 @@ class Plan:
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     compile: str = "auto"
     models: Sequence[str] = GROUPS
+    changes: tuple[tuple[str, Any], ...] = ()
+    """Of every arm: fields of its config with other values than the protocol has."""
     whole: bool = False
     """Arms are trained from beginning to end, without checkpoints; none is begun for which the time left is too short."""
     seconds_of: dict[tuple[str, str, int], float] = field(default_factory=dict)
@@ -57,12 +60,12 @@ class Plan:
     def learn(self, rows: Sequence[dict[str, Any]]) -> None:
         """Note finished rows (of any table); rows of another protocol are no use here."""
         for row in rows:
-            arm = Arm(row["group"], row["method"], row["seed"], row["srste_lambda"])
+            arm = Arm.of(row)
             if row["fingerprint"] == fingerprint(arm, self.scale, self.places):
                 self.known[row["key"]] = row
 
     def wanted(self, file: Paper) -> list[Arm]:
-        return arms_of(file.table, self.seeds, tuned(self.known.values()), self.only, self.models)
+        return arms_of(file.table, self.seeds, tuned(self.known.values()), self.only, self.models, self.changes)
 
     def folder(self, arm: Arm) -> Path:
         return folder_of(arm, self.scale, self.held, self.home)
@@ -110,8 +113,8 @@ class Plan:
         if _program(arm) in self.seconds_of:
             return 1.05 * steps * self.seconds_of[_program(arm)]
         # Rows have seconds without start-up and evaluations; another kind of layer has to be compiled first.
-        group = arm.group.removesuffix(RETRAIN)
-        known = [row["seconds"] / row["steps"] for row in self.known.values() if row["group"].removesuffix(RETRAIN) == group]
+        group = base_of(arm.group)
+        known = [row["seconds"] / row["steps"] for row in self.known.values() if base_of(row["group"]) == group]
         if not known and self.scale == "reduced":
             known = [STEP_S[group]]
         return 1.1 * steps * max(known) + COMPILING_S if known else 0.0
@@ -179,6 +182,7 @@ def _start(plan: Plan, arm: Arm, jobs: int, data: Path | None) -> subprocess.Pop
     options = ["--group", arm.group, "--method", arm.method, "--seed", str(arm.seed), "--scale", plan.scale]
     options += ["--runs", str(plan.home), "--compile", plan.compile, *(["--whole-arms"] if plan.whole else [])]
     options += [] if arm.decay is None else ["--decay", repr(arm.decay)]
+    options += ["--set", *(f"{key}={json.dumps(value)}" for key, value in arm.changes)] if arm.changes else []
     options += [] if data is None else ["--data", str(data)]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     log = _log(plan, arm)

@@ -23,6 +23,8 @@ from benchmarks.paper.protocol import (
     protocol_of,
 )
 from benchmarks.paper.results import Paper, path_of, tuned
+from chts_kernels import prune
+from chts_train import sparse_layers
 from chts_train.configs import preset
 
 TINY = ("--scale", "tiny", "--jobs", "0", "--seeds", "0")
@@ -50,7 +52,9 @@ def test_every_arm_of_every_table_has_a_config() -> None:
             if arm.group == "llama":
                 assert (config.total_steps, config.batch_size, config.seq_len) == (4000, 64, 256)
             if arm.needs is not None:
-                assert config.init == "magnitude" and config.t_end == 3.0 and arm.needs.method == "dense"
+                assert arm.needs.method == "dense" and arm.needs.group in ("llama", "vit")
+            if arm.group.endswith("-retrain"):
+                assert config.init == "magnitude" and config.t_end == 3.0
     lengths = {config_of(arm, "reduced", Places()).total_steps for arm in arms_of(3, [0], {}) if arm.group == "vit-retrain"}
     assert len(lengths) == 1  # equal epochs
 
@@ -198,6 +202,59 @@ def test_dense_to_sparse_starts_from_the_dense_arm(call, tmp_path: Path, capsys)
     assert len(titles) == 4 and all("retrain" in title for title in titles)
     values = report.values_of([row for row in file.rows if row["group"] == "llama-retrain"])
     assert set(values) == {"dense, at the start", "one-shot prune", "dense, trained on", "nvidia", "chts24"}
+
+
+def test_tickets_take_patterns_and_nothing_else(call, tmp_path: Path, monkeypatch, capsys) -> None:
+    seen = {}
+    take = arms.take_patterns_
+
+    def watched(trainer, weights, *, redraw):
+        random = {name: layer.ids.clone() for name, layer in sparse_layers(trainer.model).items()}
+        state = torch.get_rng_state()
+        take(trainer, weights, redraw=redraw)
+        assert torch.equal(torch.get_rng_state(), state)
+        for name, layer in sparse_layers(trainer.model).items():
+            dense = weights[f"{name}.weight"].float()
+            assert torch.equal(layer.ids, prune(dense, layer.n)) and not torch.equal(layer.ids, random[name])
+            seen[trainer.config.name, trainer.config.method, name] = layer.weight.to_dense().detach()
+
+    monkeypatch.setattr(arms, "take_patterns_", watched)
+    assert call("--table", "4", "--minutes", "2") == 0
+    assert "complete" in capsys.readouterr().out
+    torch.manual_seed(0)
+    first = config_of(Arm("llama", "dense", 0), "tiny", Places()).build_model().state_dict()
+    for (group, method, name), dense in seen.items():
+        links = dense != 0
+        assert links.sum() == links.numel() // (2 if method == "static" else 4)
+        assert torch.equal(dense[links], first[f"{name}.weight"][links]) == (group == "llama-ticket")
+    assert {key[:2] for key in seen} == {(f"llama-{kind}", method) for kind in ("ticket", "redrawn") for method in ("static", "static14")}
+    file = Paper.load(path_of(tmp_path / "out", 4, "tiny"))
+    assert len(file.rows) == 7
+    shown, _ = report.tables_of(file)
+    assert {line[0] for line in shown.rows} >= {"dense", "static", "static14, other values, patterns of the trained dense model"}
+
+
+def test_other_settings_have_rows_of_their_own(call, tmp_path: Path, capsys) -> None:
+    options = ("--table", "1", "--arms", "chts24", "--set", "lr_ramp_steps=0", "new_moments=estimated")
+    for jobs in ("1", "0"):  # the second one finds the row that the worker's arm left
+        assert call(*options, "--jobs", jobs, "--minutes", "1") == 0
+        printed = capsys.readouterr().out
+        assert "complete" in printed and ("starts" in printed) == (jobs == "1")
+    (row,) = Paper.load(path_of(tmp_path / "out", 1, "tiny")).rows
+    assert row["key"] == "llama/chts24+lr_ramp_steps=0+new_moments=estimated/s0"
+    assert row["changes"] == {"lr_ramp_steps": 0, "new_moments": "estimated"}
+    arm = Arm.of(row)
+    assert arm.key == row["key"] and row["fingerprint"] == fingerprint(arm, "tiny", Places()) != fingerprint(
+        Arm("llama", "chts24", 0), "tiny", Places()
+    )
+    config = config_of(arm, "tiny", Places())
+    assert (config.lr_ramp_steps, config.new_moments) == (0, "estimated")
+    for wrong in ("lr_ramp_steps", "seed=3", "data.spec=x", "=1"):
+        assert call("--table", "1", "--set", wrong) == 2
+        rule = "--set: must be KEY=VALUE with a field of the config that arms do not set themselves"
+        assert f"{rule}, got {wrong!r}" in capsys.readouterr().err
+    assert call("--table", "1", "--arms", "static", "--set", "lr_rampsteps=0") == 2
+    assert "did you mean lr_ramp_steps?" in capsys.readouterr().err
 
 
 def test_processes_stop_in_time_and_go_on(call, tmp_path: Path, capsys) -> None:
