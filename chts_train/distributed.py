@@ -223,31 +223,37 @@ def sums(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Te
 
 
 def carry_over_rows_(
-    tensors: Sequence[torch.Tensor], old_ids: torch.Tensor, new_ids: torch.Tensor, n: int, start: int, *, impl: str = "auto"
-) -> None:
-    """:func:`chts_kernels.carry_over_` of rows ``start``, ``start + 1``, ... of link data, in place.
+    layers: Sequence[Sequence[torch.Tensor]], old_ids: Sequence[torch.Tensor], new_ids: Sequence[torch.Tensor], n: int, start: int, *,
+    impl: str = "auto",
+) -> None:  # fmt: skip
+    """:func:`chts_kernels.carry_over_` of rows ``start``, ``start + 1``, ... of the link data of matrices of one shape, in place.
 
-    A row of compressed values depends on the ids of its own row of blocks alone, so a shard may begin and end inside a block.
+    A row of compressed values depends on the ids of its own row of blocks alone, so a shard may begin and end inside a block. The
+    matrices move together, through a copy of them all: a few launches instead of a few for each.
 
     Args:
-        tensors: each [rows, K*n/4], any dtype; rows may be 0.
-        old_ids, new_ids: uint8 [N/4, K/4], of the whole matrix.
+        layers: of each matrix its tensors [rows, K*n/4], any dtype; rows may be 0. All have the same rows, and tensors of the same dtypes
+            in the same order.
+        old_ids, new_ids: of each uint8 [N/4, K/4], of the whole matrix.
         n: links per row of a 4x4 block.
-        start: the row of the matrix that the tensors begin with.
+        start: the row of the matrices that the tensors begin with.
     """
-    rows = tensors[0].shape[0] if tensors else 0
+    rows = layers[0][0].shape[0] if layers and layers[0] else 0
     if not rows:
         return
+    device = layers[0][0].device
     blocks = slice(start // BLOCK, -(-(start + rows) // BLOCK))
     above, below = start - blocks.start * BLOCK, blocks.stop * BLOCK - start - rows
-    old, new = (ids[blocks].to(tensors[0].device) for ids in (old_ids, new_ids))
-    if not above and not below:
-        carry_over_(tensors, old, new, n, impl=impl)
+    old, new = (torch.cat([one[blocks] for one in ids]).to(device) for ids in (old_ids, new_ids))
+    if len(layers) == 1 and not above and not below:
+        carry_over_(layers[0], old, new, n, impl=impl)
         return
-    padded = [F.pad(t, (0, 0, above, below)) for t in tensors]
-    carry_over_(padded, old, new, n, impl=impl)
-    for tensor, part in zip(tensors, padded, strict=True):
-        tensor.copy_(part[above : above + rows])
+    columns = [list(column) for column in zip(*layers, strict=True)]
+    together = [torch.stack(column) for column in columns]
+    padded = [F.pad(t, (0, 0, above, below)) if above or below else t for t in together]
+    carry_over_([t.view(-1, t.shape[-1]) for t in padded], old, new, n, impl=impl)
+    for column, moved in zip(columns, padded, strict=True):
+        torch._foreach_copy_(column, list(moved[:, above : above + rows].unbind()))
 
 
 def checksums(ids: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -82,7 +82,7 @@ def _carry_over(
     impl = "reference" if layer.impl == "reference" else "auto"
     if is_dtensor(layer.values):
         rows = [t.to_local() for t in (layer.values, *tensors)]
-        carry_over_rows_(rows, old, new, layer.n, first_row(layer.values, f"{name}.values"), impl=impl)
+        carry_over_rows_([rows], [old], [new], layer.n, first_row(layer.values, f"{name}.values"), impl=impl)
     else:
         carry_over_([layer.values, *tensors], old, new, layer.n, impl=impl)
     layer.ids.copy_(new)

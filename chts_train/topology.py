@@ -390,10 +390,14 @@ class TopologyEvolver:
         whole = gathered_together([layer.values for _, _, layer, _ in members], device)
         weights = [SparseWeight(layer.ids, values, layer.n) for (_, _, layer, _), values in zip(members, whole, strict=True)]
         results = evolve_many(weights, layers=[index for index, *_ in members], impl=impl, **self._rule())
+        together: dict[tuple, list[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]]] = {}
         for (_, name, layer, tensors), result in zip(members, results, strict=True):
             rows = [t.to_local() for t in (layer.values, *tensors)]
-            carry_over_rows_(rows, result.old_ids, layer.ids, layer.n, first_row(layer.values, f"{name}.values"), impl=impl)
+            kind = layer.ids.shape, layer.n, first_row(layer.values, f"{name}.values"), *((t.shape, t.dtype, t.device) for t in rows)
+            together.setdefault(kind, []).append((rows, result.old_ids, layer.ids))
             self._note(name, result)
+        for (_, n, start, *_), moved in together.items():
+            carry_over_rows_(*(list(column) for column in zip(*moved, strict=True)), n, start, impl=impl)
 
     def _move(self, moments: dict[str, list[torch.Tensor]]) -> None:
         ages = self._older()

@@ -53,18 +53,24 @@ def test_in_a_job(jobs, world, name):
 
 
 @pytest.mark.parametrize("n", (1, 2))
-def test_rows_of_a_shard_move_as_they_do_in_the_whole(n):
-    old, new = (random_ids(20, 12, n, seed=seed) for seed in (1, 2))
-    tensors = [torch.randn(20, 3 * n), torch.randint(0, 255, (20, 3 * n), dtype=torch.uint8), torch.randn(20, 3 * n).bfloat16()]
-    expected = [t.clone() for t in tensors]
-    carry_over_(expected, old, new, n)
+@pytest.mark.parametrize("matrices", (1, 3))
+def test_rows_of_a_shard_move_as_they_do_in_the_whole(n, matrices):
+    ids = [[random_ids(20, 12, n, seed=seed, layer=layer) for layer in range(matrices)] for seed in (1, 2)]
+    layers = [
+        [torch.randn(20, 3 * n), torch.randint(0, 255, (20, 3 * n), dtype=torch.uint8), torch.randn(20, 3 * n).bfloat16()]
+        for _ in range(matrices)
+    ]
+    expected = [[t.clone() for t in tensors] for tensors in layers]
+    for tensors, old, new in zip(expected, *ids, strict=True):
+        carry_over_(tensors, old, new, n)
     for cuts in ((0, 7, 14, 20), (0, 10, 20), (0, 4, 20), (0, 20), (0, 1, 2, 19, 20), (0, 0, 20, 20)):
-        shards = [[t[a:b].clone() for t in tensors] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+        shards = [[[t[a:b].clone() for t in tensors] for tensors in layers] for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
         for start_row, shard in zip(cuts, shards, strict=False):
-            carry_over_rows_(shard, old, new, n, start_row)
-        for index, whole in enumerate(expected):
-            assert torch.equal(torch.cat([shard[index] for shard in shards]), whole), cuts
-    carry_over_rows_([], old, new, n, 0)
+            carry_over_rows_(shard, *ids, n, start_row)
+        for layer, tensors in enumerate(expected):
+            for index, whole in enumerate(tensors):
+                assert torch.equal(torch.cat([shard[layer][index] for shard in shards]), whole), cuts
+    carry_over_rows_([], [], [], n, 0)
 
 
 def checksum(ids: torch.Tensor) -> int:
