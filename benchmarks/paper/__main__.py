@@ -1,4 +1,4 @@
-"""The command line: run arms (the default), ``report``, ``flops``; ``worker`` is what a run starts for each arm."""
+"""The command line: run arms (the default), ``report``, ``merge``, ``flops``; ``worker`` is what a run starts for each arm."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ next one goes on. Finished arms accumulate in benchmarks/results/paper/table<N>.
   python -m benchmarks.paper --table 1 --arms dense chts24 --seeds 0
   python -m benchmarks.paper --table 1 --arms chts24 --set lr_ramp_steps=0       another setting beside the table's
   python -m benchmarks.paper report                      tables, report.md, figures; --scale tiny for tests' results
+  python -m benchmarks.paper merge FOLDER ...            take the rows of other --out folders (other GPUs, other machines)
   python -m benchmarks.paper flops                       Appendix J
 """
 
@@ -165,6 +166,31 @@ def _report(arguments: Sequence[str]) -> int:
     return write(options.out, options.scale, plots=not options.no_plots)
 
 
+def _merge(arguments: Sequence[str]) -> int:
+    from benchmarks.paper.protocol import SCALES, TABLES
+    from benchmarks.paper.results import FOLDER, Paper, path_of
+
+    p = argparse.ArgumentParser("python -m benchmarks.paper merge", description="Take the rows of result files in other folders.")
+    p.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="with table1.json and so on")
+    p.add_argument("--out", type=Path, default=FOLDER, help="folder of the result files that grow")
+    p.add_argument("--scale", choices=SCALES, default="reduced")
+    options = p.parse_args(arguments)
+    found = [(n, folder) for folder in options.folders for n in TABLES if path_of(folder, n, options.scale).exists()]
+    if not found:
+        raise FileNotFoundError(f"FOLDER: must hold result files such as {path_of(Path(), 1, options.scale)}, got {options.folders}")
+    others = [(number, Paper.load(path_of(folder, number, options.scale))) for number, folder in found]
+    files: dict[int, Paper] = {}
+    for number, other in others:  # all are opened, and refused, before any is written
+        held = files.get(number)
+        if held is None:
+            held = files[number] = Paper.open(path_of(options.out, number, options.scale), number, other.protocol)
+        held.take(other)
+    for number, file in files.items():
+        file.save()
+        print(f"{file.path}: {len(file.rows)} rows (table {number})")
+    return 0
+
+
 def _flops(arguments: Sequence[str]) -> int:
     argparse.ArgumentParser("python -m benchmarks.paper flops", description="Appendix J.").parse_args(arguments)
     from benchmarks.console import Screen
@@ -175,7 +201,7 @@ def _flops(arguments: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"run": _run, "report": _report, "flops": _flops, "worker": _worker}
+COMMANDS = {"run": _run, "report": _report, "merge": _merge, "flops": _flops, "worker": _worker}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -48,16 +48,32 @@ class Paper:
         if not path.exists():
             return cls(path, table, protocol)
         held = cls.load(path)
+        held._join(protocol, "this invocation's")
+        return held
+
+    def _join(self, protocol: dict[str, Any], whose: str) -> None:
         # One invocation may know of fewer groups than another: it had the data of one model only.
-        groups = protocol["groups"] | held.protocol["groups"]
-        protocol = {**protocol, "groups": held.protocol["groups"] | protocol["groups"]}
-        if differing := sorted(_differing({**held.protocol, "groups": groups}, protocol)):
+        groups = protocol["groups"] | self.protocol["groups"]
+        protocol = {**protocol, "groups": self.protocol["groups"] | protocol["groups"]}
+        if differing := sorted(_differing({**self.protocol, "groups": groups}, protocol)):
             raise ValueError(
-                f"{path}: must have this invocation's protocol, got other {', '.join(differing)}; give the same --data and "
+                f"{self.path}: must have {whose} protocol, got other {', '.join(differing)}; give the same --data and "
                 "--scale as before, leave a model out (--model), or move the file away"
             )
-        held.protocol = protocol
-        return held
+        self.protocol = protocol
+
+    def take(self, other: Paper) -> None:
+        """Add the rows of another file of this table that this one lacks; of a row that both have, this file's stays.
+
+        Raises:
+            ValueError: it is of another protocol.
+        """
+        self._join(other.protocol, f"{other.path}'s")
+        held = {row["key"] for row in self.rows}
+        self.environment = self.environment or other.environment
+        for row in other.rows:
+            if row["key"] not in held:
+                self.add(row)
 
     def save(self) -> None:
         """Write the file atomically."""

@@ -257,6 +257,28 @@ def test_other_settings_have_rows_of_their_own(call, tmp_path: Path, capsys) -> 
     assert "did you mean lr_ramp_steps?" in capsys.readouterr().err
 
 
+def test_rows_of_other_folders_are_taken(tmp_path: Path, capsys) -> None:
+    def folder(name: str, groups: dict, *keys: str, ppl: float = 1.0) -> Path:
+        rows = [{"key": key, "figures": {"val_ppl": ppl}} for key in keys]
+        Paper(path_of(tmp_path / name, 1, "tiny"), 1, {"scale": "tiny", "groups": groups}, {"gpu": name}, rows).save()
+        return tmp_path / name
+
+    here = folder("here", {"llama": {"lr": 1}}, "a", "b")
+    one, two = folder("one", {"llama": {"lr": 1}}, "b", "c", ppl=2.0), folder("two", {"vit": {"lr": 2}}, "d", ppl=3.0)
+    merge = ["merge", "--scale", "tiny", "--out", str(here)]
+    assert main([*merge, str(one), str(two)]) == 0 and "4 rows" in capsys.readouterr().out
+    file = Paper.load(path_of(here, 1, "tiny"))
+    assert [(row["key"], row["figures"]["val_ppl"]) for row in file.rows] == [("a", 1.0), ("b", 1.0), ("c", 2.0), ("d", 3.0)]
+    assert file.protocol["groups"] == {"llama": {"lr": 1}, "vit": {"lr": 2}} and file.environment == {"gpu": "here"}
+    text = path_of(here, 1, "tiny").read_text()
+    assert main([*merge, str(folder("three", {"llama": {"lr": 1}}, "e")), str(folder("four", {"llama": {"lr": 5}}, "f"))]) == 2
+    assert "groups.llama.lr" in capsys.readouterr().err and path_of(here, 1, "tiny").read_text() == text
+    assert main([*merge, str(tmp_path)]) == 2 and "must hold result files such as table1-tiny.json" in capsys.readouterr().err
+    new = tmp_path / "new"
+    assert main(["merge", "--scale", "tiny", "--out", str(new), str(one)]) == 0
+    assert Paper.load(path_of(new, 1, "tiny")).environment == {"gpu": "one"}
+
+
 def test_processes_stop_in_time_and_go_on(call, tmp_path: Path, capsys) -> None:
     """One worker process; the invocation gives it no time to finish, or just enough."""
     assert call("--table", "1", "--arms", "dense", "--jobs", "1", "--minutes", "0.02") == 0
