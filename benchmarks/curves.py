@@ -61,6 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cuda = options.device != "cpu" and torch.cuda.is_available()
     if cuda and torch.cuda.device_count() < options.world:
         parser.error(f"--world: must be at most the {torch.cuda.device_count()} GPUs of this host, got {options.world}")
+    if options.keep is not None and options.keep.exists():
+        parser.error(f"--keep: must not exist yet, got {options.keep}")
     results = open_results(options.out)
     for model in options.models.split(","):
         with tempfile.TemporaryDirectory() as folder:
@@ -69,15 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.text = json.dumps(unpacked(Places.find(options.data, "reduced"), home).text)
             for kinds in (("single", "reordered"), ("ddp",), ("fsdp",)):  # the first two side by side, a GPU each
                 _start(options, model, kinds, home, cuda)
+            curves = {kind: list(read_metrics(home / kind / METRICS)) for kind in KINDS}
+            rows = [_row(options, model, kind, curves, cuda) for kind in KINDS]
+            results.replace(rows)
+            results.save()
             if options.keep is not None:
                 for kind in KINDS:
                     shutil.copytree(home / kind, options.keep / f"{model}-{kind}")
-            curves = {kind: list(read_metrics(home / kind / METRICS)) for kind in KINDS}
-            rows = [_row(options, model, kind, curves) for kind in KINDS]
             if not isinstance(json.loads(options.text), str):
                 options.text = None  # unpacked into the folder that goes now
-        results.replace(rows)
-        results.save()
         for row in rows:
             print(f"{model:6} {row.shape['kind']:9} {row.note}", flush=True)
     print(f"results: {results.path}", flush=True)
@@ -144,6 +146,7 @@ def _start(options: argparse.Namespace, model: str, kinds: Sequence[str], home: 
         RuntimeError: one failed; with the end of what it printed.
     """
     jobs: dict[str, subprocess.Popen[bytes]] = {}
+    devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     with contextlib.ExitStack() as files:
         for place, kind in enumerate(kinds):
             (home / kind).mkdir()
@@ -155,7 +158,7 @@ def _start(options: argparse.Namespace, model: str, kinds: Sequence[str], home: 
             }  # fmt: skip
             command = [f"--{key}={value}" for key, value in settings.items()]
             threads = str(max(1, (os.cpu_count() or 1) // max(len(kinds), options.world if several else 1)))
-            more = {} if several or not cuda else {"CUDA_VISIBLE_DEVICES": str(place)}
+            more = {} if several or not cuda else {"CUDA_VISIBLE_DEVICES": devices[place] if devices else str(place)}
             log = files.enter_context(open(home / f"{kind}.log", "wb"))
             jobs[kind] = subprocess.Popen(
                 [sys.executable, "-m", *start, "benchmarks.curves", "worker", *command], cwd=ROOT, stdout=log,
@@ -169,6 +172,7 @@ def _start(options: argparse.Namespace, model: str, kinds: Sequence[str], home: 
         finally:
             for job in jobs.values():
                 job.terminate()
+                job.wait()
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -184,7 +188,9 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _row(options: argparse.Namespace, model: str, kind: str, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Row:
+def _row(
+    options: argparse.Namespace, model: str, kind: str, curves: Mapping[str, Sequence[Mapping[str, Any]]], cuda: bool
+) -> Row:
     facts = {} if kind == "single" else differences(curves[kind], curves["single"])
     facts["val_loss"] = next(line["val_loss"] for line in reversed(curves[kind]) if line["kind"] == "eval")
     world = options.world if kind in ("ddp", "fsdp") else 1
@@ -193,7 +199,8 @@ def _row(options: argparse.Namespace, model: str, kind: str, curves: Mapping[str
     settings = f"{options.steps} steps of {options.batch} sequences, updates every {options.interval}, {data}"
     note = f"world {world}, {kind}; {settings}" + ", blocks compiled" * (options.compile == "blocks")
     shape = {"model": model, "kind": kind, "world": world}
-    return Row("distributed", "curve", shape, "bf16", "chts", "auto", note=f"{note}; {spell(facts)}")
+    dtype = "bf16" if cuda else "fp32"  # what "auto" is for a preset's precision
+    return Row("distributed", "curve", shape, dtype, "chts", "auto", note=f"{note}; {spell(facts)}")
 
 
 if __name__ == "__main__":

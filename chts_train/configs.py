@@ -59,10 +59,10 @@ class RunConfig:
     Steps are optimizer steps; sizes count sequences or images.
 
     task: "text" or "image"; model is a LlamaConfig or a ViTConfig accordingly.
-    method: a name in ``chts_train.METHODS``. dense_fraction: train densely for that share of the steps, then prune by magnitude and
-    go on sparsely with the optimizer's state; only for methods with compressed weights.
-    init: another initial topology than the method's, "random" or
-    "magnitude" (re-training). srste_lambda: another decay than the default of the SR-STE methods.
+    method: a name in ``chts_train.METHODS``. dense_fraction: train densely for that share of the steps, then prune by magnitude (or by
+    chance, with init "random") and go on sparsely with the optimizer's state; only for methods with compressed weights.
+    init: another initial topology than the method's, "random" or "magnitude" (re-training).
+    srste_lambda: another decay than the default of the SR-STE methods.
     total_steps, batch_size, micro_batch: a step takes batch_size sequences in batch_size / micro_batch passes.
     seq_len: tokens per sequence (images: not used).
     lr, min_lr_ratio, warmup_steps: linear warm-up to lr, then cosine to min_lr_ratio * lr at the end.

@@ -28,10 +28,8 @@ from chts_kernels.patterns import BLOCK
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
 """Path components that torch.compile and activation checkpointing put into the names of what they wrap."""
-
-
 CHUNK = 64 << 20
-"""Bytes of ids that are hashed at a time, in temporaries of four times their size."""
+"""Bytes of ids that are hashed at a time, in temporaries of several times their size."""
 
 
 class TopologyMismatch(RuntimeError):
@@ -229,7 +227,7 @@ def carry_over_rows_(
     """:func:`chts_kernels.carry_over_` of rows ``start``, ``start + 1``, ... of the link data of matrices of one shape, in place.
 
     A row of compressed values depends on the ids of its own row of blocks alone, so a shard may begin and end inside a block. The
-    matrices move together, through a copy of them all: a few launches instead of a few for each.
+    matrices move together, through a copy of them all (two, where a shard cuts a block): a few launches instead of a few for each.
 
     Args:
         layers: of each matrix its tensors [rows, K*n/4], any dtype; rows may be 0. All have the same rows, and tensors of the same dtypes

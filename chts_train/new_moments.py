@@ -34,7 +34,8 @@ def second_moments(state: Mapping[str, Any], values: torch.Tensor) -> list[torch
 def estimate_(layer: SparseLinear, ages: torch.Tensor, moments: Sequence[torch.Tensor], name: str) -> None:
     """Fill in the second moments of a layer's new links, in place; nothing waits for the device.
 
-    Deterministic on one kind of device, so that the ranks of a data-parallel job go on in step: no atomic additions.
+    Deterministic on one kind of device, so that the ranks of a data-parallel job go on in step: no atomic additions, at the price of a
+    dense [rows, K] for a moment.
 
     Args:
         layer: with its ids of today.

@@ -48,7 +48,7 @@ def describe(trainer: Trainer) -> list[str]:
         f"run folder {trainer.run}",
     ]
     if trainer.dense:
-        lines.append(f"dense for {config.dense_steps:,} steps, then {method.n}:4 ({method.description})")
+        lines.append(f"dense for {config.dense_steps:,} steps, then pruned to {method.n}:4")
     last = math.floor(config.stop_fraction * config.total_steps)
     if trainer.evolver is not None and config.interval > last:
         lines.append(

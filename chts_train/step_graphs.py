@@ -20,7 +20,7 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
     """Compile the transformer blocks of ``model`` in place, each as one graph, and the loss over a vocabulary.
 
     Blocks of one kind share their code, also those of a later model in the same process. What is around them stays eager. Names of
-    parameters stay what they are.
+    parameters stay what they are. Changes torch's compiler settings for the process (:func:`allow_blocks`).
 
     Args:
         model: with blocks of :mod:`chts_train.models`.
@@ -43,8 +43,8 @@ def compile_blocks(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def allow_blocks() -> None:
-    """Set what torch's compiler needs to know of models compiled block by block: many versions of one function; and under DDP no
-    further splits of a block at the borders of gradient buckets, whose pieces cost more host time than their messages gain."""
+    """Set, for the whole process, what torch's compiler needs to know of models compiled block by block: many versions of one function;
+    and under DDP no further splits of a block at the borders of gradient buckets, whose pieces cost more host time than they gain."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, RECOMPILATIONS)
     config.optimize_ddp = False

@@ -35,7 +35,8 @@ from .new_moments import NEW_MOMENTS, estimate_, second_moments
 MAX_AGE = 255
 """Link ages are kept in one byte, in updates, and stop here."""
 GATHERED_BYTES = 256 << 20
-"""Of sharded values that an update gathers at a time (more for a larger layer); sending them takes as much again."""
+"""Of sharded values that an update gathers at a time (more for a larger layer); sending them takes as much again, and moving a rank's
+rows as much as its values and moments of those layers."""
 RULES = {
     "soft": ("soft", "greedy", "random"),
     "hard": ("soft", "greedy", "random"),

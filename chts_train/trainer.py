@@ -19,12 +19,12 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from chts_kernels import pack
 
@@ -33,7 +33,7 @@ from .checkpoint_rules import check_fit
 from .configs import RunConfig
 from .extras import require
 from .interrupt import GracefulStop
-from .linear import sparse_layers, sparsify_
+from .linear import SparsityConfig, sparse_layers, sparsify_
 from .methods import attach_method, get_method
 from .metrics import METRICS, UPDATES, MetricsLog, update_summary
 from .optim import make_optimizer, make_scheduler
@@ -138,6 +138,8 @@ class Trainer:
             raise ValueError(f"dense_fraction must be 0 with {with_what}, got {config.dense_fraction}")
         self.device = resolve_device(self.settings.device)
         self.precision = resolve_precision(config.precision, self.device)
+        if config.dense_steps:
+            self._try_sparse()
         self.compile = resolve_compile(self.settings.compile, self.device, self.processes.kind)
         self.task = make_task(config, data)
         self.batches = self.task.batches()
@@ -165,16 +167,30 @@ class Trainer:
         self._saved: Path | None = None  # the checkpoint of this very step
         self._resumed: Path | None = None
 
-    def _assemble(self, *, dense: bool, step: int = 0) -> None:
-        """Everything around the model: sparse layers, compilation, wrapping, optimizer, scheduler, evolver and graphs."""
+    def _sparsity(self) -> SparsityConfig | None:
         config = self.config
-        sparsity = self.method.sparsity_config(
+        return self.method.sparsity_config(
             config.seed,
             init=config.init or ("magnitude" if config.dense_steps else None),
             srste_lambda=config.srste_lambda,
             impl=config.impl,
             weight_grad=config.weight_grad,
         )
+
+    def _try_sparse(self) -> None:
+        """What would stop the run at the end of a dense start stops it now: a model without fitting layers, an ``impl`` that cannot run."""
+        sparsity = replace(self._sparsity(), init="random")
+        with torch.random.fork_rng(devices=()):
+            with torch.device("meta"):
+                sparsify_(self.config.build_model(), sparsity)
+            probe = nn.Sequential(nn.Linear(16, 16))
+            sparsify_(probe, sparsity)
+            with self.autocast():
+                probe.to(self.device)(torch.zeros(1, 16, device=self.device)).sum().backward()
+
+    def _assemble(self, *, dense: bool, step: int = 0) -> None:
+        """Everything around the model: sparse layers, compilation, wrapping, optimizer, scheduler, evolver and graphs."""
+        config, sparsity = self.config, self._sparsity()
         self.dense = dense and sparsity is not None
         self.records = sparsify_(self.model, sparsity) if sparsity and not dense else []
         if self.compile != "off":

@@ -123,13 +123,15 @@ def _changes(texts: Sequence[str]) -> tuple[tuple[str, Any], ...]:
     Raises:
         ValueError: not of that form, a field that arms set themselves, or one within another.
     """
+    from benchmarks.paper.protocol import hashable
+
     found: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.isidentifier() or key in ("method", "seed", "srste_lambda", "name", "model", "data", "task"):
             raise ValueError(f"--set: must be KEY=VALUE with a field of the config that arms do not set themselves, got {text!r}")
         try:
-            found[key] = json.loads(value)
+            found[key] = hashable(json.loads(value))
         except ValueError:
             found[key] = value
     return tuple(sorted(found.items()))

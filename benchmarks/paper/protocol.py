@@ -95,14 +95,15 @@ class Arm:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Arm:
         """The arm of a result file's row."""
-        changes = tuple(sorted(row.get("changes", {}).items()))
+        changes = tuple(sorted((key, hashable(value)) for key, value in row.get("changes", {}).items()))
         return cls(row["group"], row["method"], row["seed"], row["srste_lambda"], changes)
 
     @property
     def name(self) -> str:
         """The method, with the decay and the changes where there are any."""
         name = self.method if self.decay is None else f"{self.method}@{self.decay:g}"
-        return name + "".join(f"+{key}={value}" for key, value in self.changes)
+        spelled = (value if isinstance(value, str) else json.dumps(value, separators=(",", ":")) for _, value in self.changes)
+        return name + "".join(f"+{key}={text}" for (key, _), text in zip(self.changes, spelled, strict=True))
 
     @property
     def key(self) -> str:
@@ -146,6 +147,11 @@ class Places:
             if (place / "cifar10_jpeg.npz").is_file():
                 images = str((place / "cifar10_jpeg.npz").resolve())
         return cls(text, images)
+
+
+def hashable(value: Any) -> Any:
+    """A JSON value with tuples for lists."""
+    return tuple(hashable(item) for item in value) if isinstance(value, list) else value
 
 
 def base_of(group: str) -> str:

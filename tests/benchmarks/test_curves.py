@@ -43,6 +43,10 @@ def test_rows_of_two_processes(tmp_path, monkeypatch, capsys):
             assert "updates" not in facts
         else:
             assert facts["updates"] == 1 and facts["largest_difference"] < 1e-4 and facts["mean_difference"] < 1e-5
+        assert row.dtype == "fp32"
+    with pytest.raises(SystemExit):
+        main([*run, "--out", str(file), "--keep", str(kept)])
+    assert "--keep: must not exist yet" in capsys.readouterr().err
     assert report(["--report", str(file)]) == 0
     assert "| tiny | 2 | fsdp | 1 |" in capsys.readouterr().out
 

@@ -249,6 +249,10 @@ def test_other_settings_have_rows_of_their_own(call, tmp_path: Path, capsys) -> 
     )
     config = config_of(arm, "tiny", Places())
     assert (config.lr_ramp_steps, config.new_moments) == (0, "estimated")
+    betas = Arm("llama", "chts24", 0, changes=(("betas", (0.9, 0.95)),))
+    assert Arm.of({"group": "llama", "method": "chts24", "seed": 0, "srste_lambda": None, "changes": {"betas": [0.9, 0.95]}}) == betas
+    assert betas.name == "chts24+betas=[0.9,0.95]" and config_of(betas, "tiny", Places()).betas == (0.9, 0.95)
+    assert len(fingerprint(betas, "tiny", Places())) == 12
     for wrong in ("lr_ramp_steps", "seed=3", "data.spec=x", "=1"):
         assert call("--table", "1", "--set", wrong) == 2
         rule = "--set: must be KEY=VALUE with a field of the config that arms do not set themselves"

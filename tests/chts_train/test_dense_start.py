@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
 from chts_kernels import pack, prune
 from chts_train import METHODS, sparse_layers
+from chts_train.export import export_run
 from chts_train.loading import load_run
 from chts_train.metrics import METRICS, read_metrics
 from chts_train.settings import Settings
@@ -19,10 +23,10 @@ def lines(run, kind="train"):
     return [(row["step"], row.get("loss")) for row in read_metrics(run / METRICS) if row["kind"] == kind]
 
 
-def make(micro, folder, method="dense-start24", fraction=SWITCH / 12, quiet=None, **changes):
+def make(micro, folder, method="dense-start24", fraction=SWITCH / 12, **changes):
     folder.mkdir()
     settings = Settings(device="cpu", quiet=True, log_interval=1, save_interval=1, keep=20)
-    return Trainer(micro(method=method, dense_fraction=fraction, **changes), folder, quiet or settings)
+    return Trainer(micro(method=method, dense_fraction=fraction, **changes), folder, settings)
 
 
 @pytest.mark.parametrize(("method", "n"), (("dense-start24", 2), ("dense-start14", 1), ("chts24", 2)))
@@ -56,7 +60,8 @@ def test_a_dense_run_until_the_weights_are_compressed(micro, tmp_path, method, n
     outcome = ours.train()
     assert outcome.finished and not ours.dense and seen
     assert lines(ours.run)[:SWITCH] == lines(dense.run)[:SWITCH]
-    assert lines(ours.run)[SWITCH] == lines(ours.run)[SWITCH] != lines(dense.run)[SWITCH]  # the first loss of the pruned weights
+    first, before = lines(ours.run)[SWITCH], lines(dense.run)[SWITCH]
+    assert first[0] == before[0] == SWITCH + 1 and first[1] != before[1]  # of the pruned weights
     rates = {row["step"]: row["lr"] for row in read_metrics(dense.run / METRICS) if row["kind"] == "train"}
     assert seen["rate"] == pytest.approx(rates[SWITCH + 1])
     assert lines(ours.run, "compress") == [(SWITCH, None)]
@@ -79,6 +84,9 @@ def test_runs_resume_on_both_sides(micro, tmp_path, step):
         assert torch.equal(a, b), name
     model, _, _ = load_run(checkpoint)
     assert bool(sparse_layers(model)) == (step > SWITCH)
+    exported = export_run(checkpoint, tmp_path / "exported")
+    facts = json.loads((exported.files[0].parent / "config.json").read_text())["chts"]
+    assert facts["n"] == (2 if step > SWITCH else None)
 
 
 def test_what_cannot_start_densely_is_refused(micro, tmp_path):
@@ -88,4 +96,11 @@ def test_what_cannot_start_densely_is_refused(micro, tmp_path):
         make(micro, tmp_path / "b", "dense", 0.3)
     with pytest.raises(ValueError, match=r"dense_fraction must be in \[0, 1\), got 1.0"):
         make(micro, tmp_path / "c", "static", 1.0)
+    with pytest.raises(RuntimeError, match="wgmma_sp"):  # now, not after the dense steps
+        make(micro, tmp_path / "d", impl="wgmma_sp")
+    state = torch.get_rng_state()
+    odd = replace(micro().model, hidden_size=18, intermediate_size=27, num_attention_heads=3)
+    with pytest.raises(ValueError, match="must have a linear layer that can be made sparse"):
+        make(micro, tmp_path / "e", model=odd)
+    assert torch.equal(torch.get_rng_state(), state)
     assert METHODS["dense-start24"].settings == {"dense_fraction": 0.25} and not METHODS["dense-start14"].evolves
