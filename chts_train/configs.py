@@ -61,8 +61,10 @@ class RunConfig:
     task: "text" or "image"; model is a LlamaConfig or a ViTConfig accordingly.
     method: a name in ``chts_train.METHODS``. dense_fraction: train densely for that share of the steps, then prune by magnitude (or by
     chance, with init "random") and go on sparsely with the optimizer's state; only for methods with compressed weights.
+    ste_window: two shares of the steps; between them such a method learns its topology: weights are dense, masked to the best patterns in
+    every forward pass, with straight-through gradients and SR-STE's decay (srste_lambda); then they are compressed again.
     init: another initial topology than the method's, "random" or "magnitude" (re-training).
-    srste_lambda: another decay than the default of the SR-STE methods.
+    srste_lambda: another decay than the default of the SR-STE methods and of ste_window.
     total_steps, batch_size, micro_batch: a step takes batch_size sequences in batch_size / micro_batch passes.
     seq_len: tokens per sequence (images: not used).
     lr, min_lr_ratio, warmup_steps: linear warm-up to lr, then cosine to min_lr_ratio * lr at the end.
@@ -115,6 +117,7 @@ class RunConfig:
     lr_ramp_steps: int = 10
     new_moments: str = "zero"
     dense_fraction: float = 0.0
+    ste_window: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for part, prefix in (
@@ -159,6 +162,10 @@ class RunConfig:
             "lr_ramp_steps": (self.lr_ramp_steps >= 0, "at least 0"),
             "new_moments": (self.new_moments in NEW_MOMENTS, f"one of {', '.join(NEW_MOMENTS)}"),
             "dense_fraction": (0 <= self.dense_fraction < 1, "in [0, 1)"),
+            "ste_window": (
+                self.ste_window is None or self.dense_fraction <= self.ste_window[0] < self.ste_window[1] < 1,
+                f"None, or two rising numbers in [dense_fraction={self.dense_fraction:g}, 1)",
+            ),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
@@ -179,9 +186,18 @@ class RunConfig:
         """Steps before the weights are pruned and compressed."""
         return round(self.dense_fraction * self.total_steps)
 
-    def dense_at(self, step: int) -> bool:
-        """Whether the model after ``step`` steps is the dense one of a dense start (a checkpoint at its last step still is)."""
-        return 0 < self.dense_steps >= step
+    @property
+    def ste_steps(self) -> tuple[int, int]:
+        """Steps before and until the end of ``ste_window``; (0, 0) without one."""
+        start, end = self.ste_window or (0, 0)
+        return round(start * self.total_steps), min(round(end * self.total_steps), self.total_steps - 1)
+
+    def form_of(self, step: int) -> str:
+        """Of a method with compressed weights: what step ``step``, counted from 0, trains: "dense", "ste" or "sparse" weights."""
+        if step < self.dense_steps:
+            return "dense"
+        start, end = self.ste_steps
+        return "ste" if start <= step < end else "sparse"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; :meth:`from_dict` is the inverse."""

@@ -62,7 +62,7 @@ def export_run(
     check_target(out, PACKED if packed else WEIGHTS, dtype, force)  # before anything is read
     model, config, checkpoint = load_run(path)
     method = get_method(config.method)
-    dense = method.kind == "dense" or config.dense_at(checkpoint.step)
+    dense = method.form_after(config, checkpoint.step) == "dense"
     facts = {"method": config.method, "n": None if dense else method.n, "step": checkpoint.step}
     if packed:
         from .packed import export_packed

@@ -42,9 +42,10 @@ def load_run(path: str | Path) -> tuple[nn.Module, RunConfig, Checkpoint]:
     model = config.build_model()
     method = get_method(config.method)
     sparsity = method.sparsity_config(
-        config.seed, srste_lambda=config.srste_lambda, impl=config.impl, weight_grad=config.weight_grad
-    )
-    if sparsity is not None and not config.dense_at(checkpoint.step):
+        config.seed, srste_lambda=config.srste_lambda, impl=config.impl, weight_grad=config.weight_grad,
+        form=method.form_after(config, checkpoint.step),
+    )  # fmt: skip
+    if sparsity is not None:
         sparsify_(model, sparsity)
     restore(checkpoint, model)
     return model.eval(), config, checkpoint

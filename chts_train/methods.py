@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from torch import nn
 from .baselines import attach_srste_decay
 from .linear import SparsityConfig
 from .topology import TopologyEvolver, TopologySchedule
+
+if TYPE_CHECKING:
+    from .configs import RunConfig
 
 SRSTE_LAMBDA = 2e-4
 """Where the tuning over 6e-5, 2e-4, 6e-4 starts."""
@@ -24,6 +27,10 @@ EARLY: Mapping[str, Any] = types.MappingProxyType(
 Chosen by small models; behind static patterns on Llama-60M (benchmarks/LOG.md, sixth session)."""
 DENSE_START: Mapping[str, Any] = types.MappingProxyType({"dense_fraction": 0.25})
 """Where the large weights are after a quarter of the steps. Level with random patterns at 2:4 on Llama-60M (LOG.md, eighth session)."""
+STE_WINDOW: Mapping[str, Any] = types.MappingProxyType({"ste_window": (0.25, 0.75)})
+"""When masks of dense weights find better patterns than those that a run begins with (benchmarks/LOG.md, ninth session)."""
+WINDOW_LAMBDA = 6e-5
+"""SR-STE's decay in such a window: what its tuning chose."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +65,9 @@ class Method:
         srste_lambda: float | None = None,
         impl: str = "auto",
         weight_grad: str = "exact",
+        form: str | None = None,
     ) -> SparsityConfig | None:
-        """The argument for :func:`chts_train.sparsify_`; None for the dense method.
+        """The argument for :func:`chts_train.sparsify_`; None for dense weights.
 
         Args:
             seed: of random patterns.
@@ -67,24 +75,36 @@ class Method:
             srste_lambda: another decay, for SR-STE methods.
             impl: implementation of the sparse layers.
             weight_grad: "exact" or "mvue24", for methods with compressed weights.
+            form: what is trained at the moment, from :meth:`form_of`; None: what the method trains in the end.
 
         Raises:
             ValueError: when the method cannot have that ``weight_grad``.
         """
         if self.kind != "sparse" and weight_grad != "exact":
             raise ValueError(f"weight_grad: must be 'exact' for the method {self.name}, got {weight_grad!r}")
-        if self.kind == "dense":
+        form = form or self.kind
+        if form == "dense":
             return None
         decay = self.srste_lambda if srste_lambda is None or self.srste_lambda == 0 else srste_lambda
+        if form == "ste" and self.kind == "sparse":
+            decay, weight_grad = srste_lambda or WINDOW_LAMBDA, "exact"
         return SparsityConfig(
             n=self.n,
             init=init or self.init,
             seed=seed,
-            kind=self.kind,
+            kind=form,
             srste_lambda=decay,
             impl=impl,
             weight_grad=weight_grad,
         )
+
+    def form_of(self, config: RunConfig, step: int) -> str:
+        """What step ``step`` of a run, counted from 0, trains: "dense", "ste" (dense, masked) or "sparse" (compressed) weights."""
+        return config.form_of(step) if self.kind == "sparse" else self.kind
+
+    def form_after(self, config: RunConfig, steps: int) -> str:
+        """What a checkpoint after so many steps holds: the form that the last of them trained."""
+        return self.form_of(config, max(0, steps - 1))
 
 
 def _methods() -> dict[str, Method]:
@@ -143,6 +163,12 @@ def _methods() -> dict[str, Method]:
                 n=n,
                 init="magnitude",
                 settings=DENSE_START,
+            ),
+            Method(
+                f"ste-window{tag}",
+                f"random {n}:4 patterns; from 25 to 75 % of the steps dense weights and SR-STE, which learns the patterns that stay",
+                n=n,
+                settings=STE_WINDOW,
             ),
         ]
     return {m.name: m for m in [Method("dense", "no sparsity", kind="dense"), *both]}

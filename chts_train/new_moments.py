@@ -1,4 +1,4 @@
-"""Second moments for links that a topology update has just made: an estimate from the links around them.
+"""Second moments for links that have just been made, by a topology update or all at once: an estimate from the links around them.
 
 Adam divides by sqrt(v). A new link whose v starts at 0, while the bias correction of its tensor's step counter is long over, makes
 steps of up to (1 - beta1^t) / sqrt(1 - beta2^t) learning rates, 6.5 at its tenth step with the usual betas, whatever its gradient.
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from chts_kernels import unpack
 from chts_kernels.ops.pack.reference import link_columns
 from chts_kernels.patterns import BLOCK
 
@@ -71,6 +72,26 @@ def estimate_(layer: SparseLinear, ages: torch.Tensor, moments: Sequence[torch.T
         by_row = torch.where(count > 0, old.sum(1) / count.clamp(min=1), mean)
         guess = by_row[:, None] * (by_column / mean.clamp(min=torch.finfo(wide).tiny))[at]
         moment.copy_(torch.where(new, guess.to(moment.dtype), moment))
+
+
+@torch.no_grad()
+def spread(moment: torch.Tensor, ids: torch.Tensor, n: int) -> torch.Tensor:
+    """The second moment of a whole dense weight, from that of its links: theirs at their places, the estimate everywhere else.
+
+    Args:
+        moment: float [N, K*n/4].
+        ids: uint8 [N/4, K/4].
+        n: links per group of four, 2 or 1.
+
+    Returns:
+        [N, K], of the moment's dtype.
+    """
+    wide = unpack(moment.to(torch.promote_types(moment.dtype, torch.float32)), ids, n)
+    links = unpack(torch.ones_like(moment, dtype=wide.dtype), ids, n)
+    # Every row and every column of a legal topology has links.
+    by_row, by_column, mean = wide.sum(1) / links.sum(1), wide.sum(0) / links.sum(0), wide.sum() / links.sum()
+    guess = by_row[:, None] * (by_column / mean.clamp(min=torch.finfo(wide.dtype).tiny))
+    return torch.where(links > 0, wide, guess).to(moment.dtype)
 
 
 def _column_sums(links: torch.Tensor, at: torch.Tensor, columns: int) -> torch.Tensor:

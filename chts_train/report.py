@@ -47,8 +47,11 @@ def describe(trainer: Trainer) -> list[str]:
         f"{config.total_steps:,} steps of {config.batch_size} {trainer.task.items}{passes}; {place}, {precision}",
         f"run folder {trainer.run}",
     ]
-    if trainer.dense:
+    if trainer.form == "dense" != method.kind:
         lines.append(f"dense for {config.dense_steps:,} steps, then pruned to {method.n}:4")
+    start, end = config.ste_steps
+    if start < end:
+        lines.append(f"dense weights and masks that follow them from step {start:,} to {end:,}, compressed ones before and after")
     last = math.floor(config.stop_fraction * config.total_steps)
     if trainer.evolver is not None and config.interval > last:
         lines.append(

@@ -19,21 +19,21 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from chts_kernels import pack
-
+from .baselines import attach_srste_decay
 from .checkpoint import FOLDER, find_checkpoint, read_checkpoint, restore, save_checkpoint
 from .checkpoint_rules import check_fit
 from .configs import RunConfig
 from .extras import require
+from .forms import dense_states, load_dense_states_
 from .interrupt import GracefulStop
-from .linear import SparsityConfig, sparse_layers, sparsify_
+from .linear import SparsityConfig, densify_, sparsify_
 from .methods import attach_method, get_method
 from .metrics import METRICS, UPDATES, MetricsLog, update_summary
 from .optim import make_optimizer, make_scheduler
@@ -133,12 +133,15 @@ class Trainer:
         self.method = get_method(config.method)
         self.processes = Processes.here(self.settings.parallel)
         self.processes.check(config.batch_size, self.method.kind)
-        if config.dense_steps and (self.method.kind != "sparse" or self.processes.kind == "fsdp"):
+        if self.method.kind != "sparse" or self.processes.kind == "fsdp":
             with_what = f"method {self.method.name}" if self.method.kind != "sparse" else "parallel fsdp"
-            raise ValueError(f"dense_fraction must be 0 with {with_what}, got {config.dense_fraction}")
+            if config.dense_steps:
+                raise ValueError(f"dense_fraction must be 0 with {with_what}, got {config.dense_fraction}")
+            if config.ste_window:
+                raise ValueError(f"ste_window must be None with {with_what}, got {config.ste_window}")
         self.device = resolve_device(self.settings.device)
         self.precision = resolve_precision(config.precision, self.device)
-        if config.dense_steps:
+        if self.method.kind == "sparse" != self.method.form_of(config, step):
             self._try_sparse()
         self.compile = resolve_compile(self.settings.compile, self.device, self.processes.kind)
         self.task = make_task(config, data)
@@ -154,7 +157,7 @@ class Trainer:
         self.dense_parameters = sum(p.numel() for p in self.model.parameters())
         self.dense_figures = self.evaluate(config.eval_tokens) if weights is not None else None
         self.schedule = TopologySchedule(**_take(config, *(item.name for item in fields(TopologySchedule))))
-        self._assemble(dense=config.dense_at(step))
+        self._assemble(self.method.form_after(config, step))
 
         self.counters = Counters()
         self.log, self.update_log = (
@@ -167,19 +170,20 @@ class Trainer:
         self._saved: Path | None = None  # the checkpoint of this very step
         self._resumed: Path | None = None
 
-    def _sparsity(self) -> SparsityConfig | None:
+    def _sparsity(self, form: str | None = None, init: str | None = None) -> SparsityConfig | None:
         config = self.config
         return self.method.sparsity_config(
             config.seed,
-            init=config.init or ("magnitude" if config.dense_steps else None),
+            init=init or config.init or ("magnitude" if config.dense_steps else None),
             srste_lambda=config.srste_lambda,
             impl=config.impl,
             weight_grad=config.weight_grad,
+            form=form,
         )
 
     def _try_sparse(self) -> None:
-        """What would stop the run at the end of a dense start stops it now: a model without fitting layers, an ``impl`` that cannot run."""
-        sparsity = replace(self._sparsity(), init="random")
+        """What would stop the run when weights are compressed stops it now: a model without fitting layers, an ``impl`` that cannot run."""
+        sparsity = self._sparsity(init="random")
         with torch.random.fork_rng(devices=()):
             with torch.device("meta"):
                 sparsify_(self.config.build_model(), sparsity)
@@ -188,11 +192,13 @@ class Trainer:
             with self.autocast():
                 probe.to(self.device)(torch.zeros(1, 16, device=self.device)).sum().backward()
 
-    def _assemble(self, *, dense: bool, step: int = 0) -> None:
-        """Everything around the model: sparse layers, compilation, wrapping, optimizer, scheduler, evolver and graphs."""
-        config, sparsity = self.config, self._sparsity()
-        self.dense = dense and sparsity is not None
-        self.records = sparsify_(self.model, sparsity) if sparsity and not dense else []
+    def _assemble(self, form: str, *, init: str | None = None, step: int = 0) -> None:
+        """Everything around the model: sparse layers, compilation, wrapping, optimizer, scheduler, evolver and graphs.
+
+        ``form``: of the weights, "dense", "ste" or "sparse"; ``init``: another choice of patterns than the run's.
+        """
+        config, sparsity, self.form = self.config, self._sparsity(form, init), form
+        self.records = sparsify_(self.model, sparsity) if sparsity else []
         if self.compile != "off":
             compile_blocks(self.model)
         self.network = self.processes.wrap(self.model, self.device)
@@ -204,36 +210,35 @@ class Trainer:
         )  # fmt: skip
         self.scheduler = make_scheduler(self.optimizer, **_take(config, "total_steps", "warmup_steps", "min_lr_ratio"))
         self.evolver = None
-        if not self.dense:
+        if form == self.method.kind:
             self.evolver = attach_method(
                 self.method, self.model, self.optimizer, self.schedule, config.seed, step, config.new_moments
             )
+        elif form == "ste":
+            attach_srste_decay(self.model, self.optimizer)
         self.graphs = StepGraphs(self._pass, self.optimizer, self.device) if self.compile == "graph" else None
 
-    def _compress(self) -> None:
-        """End the dense start: prune by magnitude; weights and the optimizer's state go on at the links."""
-        names = dict(self.model.named_parameters())
-        states = {name: self.optimizer.state[p] for name, p in names.items() if p in self.optimizer.state}
+    def _change_form(self, form: str) -> None:
+        """Go on with another form of the same weights.
+
+        Compressed ones become dense with zeros; second moments of what was no link are estimated. Dense ones are pruned by magnitude (after
+        a dense start as ``init`` says) and keep what the optimizer knows of the links; masked ones keep their masks as patterns.
+        """
+        before = self.form
+        states = dense_states(self.model, self.optimizer)
         schedule = self.scheduler.state_dict()
-        for parameter in names.values():
+        for parameter in self.model.parameters():
             parameter.grad = None
         # DDP's hooks, the captured graphs and their memory: gone before their successors come.
-        self.network = self.optimizer = self.scheduler = self.graphs = None
+        self.network = self.optimizer = self.scheduler = self.graphs = self.evolver = None
         gc.collect()
-        self._assemble(dense=False, step=self.counters.step)
+        densify_(self.model)
+        self._assemble(form, init="magnitude" if before == "ste" else None, step=self.counters.step)
         self.scheduler.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
-        links = {f"{name}.values": (f"{name}.weight", layer) for name, layer in sparse_layers(self.model).items()}
-        for name, parameter in self.model.named_parameters():
-            source, layer = links.get(name, (name, None))
-            state = states.get(source)
-            if state is not None:
-                self.optimizer.state[parameter] = {
-                    key: value if layer is None or not _is_like(value, names[source]) else pack(value, layer.ids, layer.n)
-                    for key, value in state.items()
-                }
-        self.log.write("compress", self.counters.step, method=self.method.name)
+        load_dense_states_(self.model, self.optimizer, states)
+        self.log.write("compress" if form == "sparse" else "expand", self.counters.step, method=self.method.name)
 
     def train(self) -> Outcome:
         """Train to the end, or to a signal: then the step is finished and a checkpoint saved before this returns.
@@ -327,8 +332,9 @@ class Trainer:
         """One batch: backward over its micro-batches, then the optimizer's step or a topology update."""
         start = time.monotonic()
         counters, processes, size = self.counters, self.processes, self.config.micro_batch
-        if self.dense and counters.step == self.config.dense_steps:
-            self._compress()
+        form = self.method.form_of(self.config, counters.step)
+        if form != self.form:
+            self._change_form(form)
         inputs, targets = next(self.batches)
         total = self.task.count(targets)
         if processes.size > 1:  # each process drops its own paths, and a resumed run the same ones
@@ -475,8 +481,3 @@ class Trainer:
 
 def _take(config: RunConfig, *names: str) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
-
-
-def _is_like(value: Any, weight: Tensor) -> bool:
-    """Whether an entry of the optimizer's state has a number for every weight."""
-    return isinstance(value, Tensor) and value.shape == weight.shape

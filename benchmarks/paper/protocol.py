@@ -33,9 +33,10 @@ TUNING_SEED = 0
 # In the order in which they run: what decides most comes first, should time run out.
 _PRETRAIN = ("dense", "chts24", "random-regrow", "static", "srste24", "ste24")
 _PRETRAIN14 = ("chts14", "random-regrow14", "static14", "srste14", "ste14")
-# Beyond the paper: patterns chosen by weights that trained densely for a while; whole patterns that move, by the gradient and by
-# chance (the control). Their schedules are in Method.settings.
-_BEYOND, _BEYOND14 = ("dense-start24", "rigl24", "random-moves"), ("dense-start14", "rigl14", "random-moves14")
+# Beyond the paper: patterns that masked dense weights learn in the middle of a run; patterns chosen by weights that trained densely for a
+# while; whole patterns that move, by the gradient and by chance (the control). Their schedules are in Method.settings.
+_BEYOND = ("ste-window24", "dense-start24", "rigl24", "random-moves")
+_BEYOND14 = ("ste-window14", "dense-start14", "rigl14", "random-moves14")
 _RETRAIN = ("dense", "nvidia", "random-regrow", "chts24")
 _LATE = ("random-regrow14", "ste14", "random-moves14")
 """After all seeds of a table's other methods."""
@@ -210,7 +211,7 @@ def _arms(group: str, method: str, seed: int, tuned: Mapping[str, float | None])
         return []
     if group.endswith((TICKET, REDRAWN)) and known.kind != "sparse":
         return []
-    if not known.srste_lambda:
+    if known.kind != "ste" or not known.srste_lambda:
         return [Arm(group, method, seed)]
     tuning = [Arm(group, method, TUNING_SEED, decay) for decay in LAMBDAS]
     best = tuned.get(method)
@@ -257,7 +258,7 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     values = config.to_dict()
     for own in ("method", "seed", "srste_lambda", "name"):
         del values[own]
-    for field, default in (("dense_fraction", 0.0), ("new_moments", "zero")):
+    for field, default in (("dense_fraction", 0.0), ("new_moments", "zero"), ("ste_window", None)):
         if values[field] == default:
             del values[field]  # rows from before it existed are of the same protocol
     spec = values["data"]["spec"]

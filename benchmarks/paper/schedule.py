@@ -235,7 +235,8 @@ def _note_failure(plan: Plan, arm: Arm) -> None:
 def _program(arm: Arm) -> tuple[str, str, int]:
     """What arms have in common that run the same compiled code."""
     method = get_method(arm.method)
-    kind = "dense, then sparse" if "dense_fraction" in method.settings else method.kind
+    forms = [name for name in ("dense_fraction", "ste_window") if name in method.settings]
+    kind = " and ".join([method.kind, *forms])
     return arm.group, kind, 0 if method.kind == "dense" else method.n
 
 

@@ -35,13 +35,13 @@ def test_a_dense_run_until_the_weights_are_compressed(micro, tmp_path, method, n
     dense.train()
     ours = make(micro, tmp_path / "ours", method)
     seen = {}
-    compress = ours._compress
+    change = ours._change_form
 
-    def watched():
+    def watched(form):
         names = dict(ours.model.named_parameters())
         seen["weights"] = {name: p.detach().clone() for name, p in names.items()}
         seen["moments"] = {name: ours.optimizer.state[p]["exp_avg_sq"].clone() for name, p in names.items()}
-        compress()
+        change(form)
         seen["rate"] = ours.optimizer.param_groups[0]["lr"]
         layers = sparse_layers(ours.model)
         assert layers and ours.records
@@ -55,10 +55,10 @@ def test_a_dense_run_until_the_weights_are_compressed(micro, tmp_path, method, n
             assert torch.equal(p, weight) and torch.equal(ours.optimizer.state[p]["exp_avg_sq"], moment)
             assert int(ours.optimizer.state[p]["step"]) == SWITCH
 
-    ours._compress = watched
-    assert not sparse_layers(ours.model) and ours.dense
+    ours._change_form = watched
+    assert not sparse_layers(ours.model) and ours.form == "dense"
     outcome = ours.train()
-    assert outcome.finished and not ours.dense and seen
+    assert outcome.finished and ours.form == "sparse" and seen
     assert lines(ours.run)[:SWITCH] == lines(dense.run)[:SWITCH]
     first, before = lines(ours.run)[SWITCH], lines(dense.run)[SWITCH]
     assert first[0] == before[0] == SWITCH + 1 and first[1] != before[1]  # of the pruned weights
@@ -77,7 +77,7 @@ def test_runs_resume_on_both_sides(micro, tmp_path, step):
     checkpoint = whole.run / "checkpoints" / f"step-{step:08d}"
     (tmp_path / "branch").mkdir()
     branch = Trainer.resume(checkpoint, settings, run=tmp_path / "branch")
-    assert branch.dense == (step <= SWITCH)
+    assert branch.form == ("dense" if step <= SWITCH else "sparse")
     assert branch.train().finished
     assert lines(branch.run) == lines(whole.run)
     for (name, a), (_, b) in zip(branch.model.state_dict().items(), whole.model.state_dict().items(), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 
 import torch
 import torch.distributed as dist
@@ -92,24 +93,33 @@ def check_trainer_is_a_single_process():
 
 
 def check_a_dense_start_over_ddp_is_a_single_process():
+    compare_changes_of_form("dense-start", "dense", dense_fraction=0.5)
+
+
+def check_a_window_of_masked_weights_over_ddp_is_a_single_process():
+    compare_changes_of_form("window", "sparse", ste_window=(0.25, 0.5))
+
+
+def compare_changes_of_form(name, first, **changes):
     from chts_train.settings import Settings
     from chts_train.trainer import Trainer
 
-    config, ends = micro(method="chts24", dense_fraction=0.5, optimizer="sgd"), []
-    for name, parallel in (("dense-start", "ddp"), (f"dense-start-alone-{RANK}", "auto")):
-        run = FOLDER / f"{name}-{WORLD}"
+    config, ends = micro(method="chts24", optimizer="sgd", **changes), []
+    for parallel in ("ddp", "auto"):
+        run = FOLDER / (f"{name}-{WORLD}" if parallel == "ddp" else f"{name}-alone-{RANK}-{WORLD}")
         run.mkdir(exist_ok=True)
         settings = Settings(device=DEVICE.type, quiet=True, log_interval=1, parallel=parallel, checkpoints=False)
         with hidden_group() if parallel == "auto" else contextlib.nullcontext():
             trainer = Trainer(config, run, settings)
-            assert trainer.dense
+            assert trainer.form == first
             trainer.train()
-        assert not trainer.dense and trainer.evolver.updates == 1
+        assert trainer.form == "sparse" and trainer.evolver.updates == 1
         ends.append({name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()})
+    ((field, value),) = changes.items()
     try:
-        Trainer(config, FOLDER / f"dense-start-{WORLD}", Settings(device=DEVICE.type, quiet=True, parallel="fsdp"))
+        Trainer(config, FOLDER / f"{name}-{WORLD}", Settings(device=DEVICE.type, quiet=True, parallel="fsdp"))
     except ValueError as error:
-        assert "dense_fraction must be 0 with parallel fsdp, got 0.5" in str(error), error
+        assert re.search(f"{field} must be (0|None) with parallel fsdp, got {re.escape(str(value))}", str(error)), error
     else:
         raise AssertionError("not refused")
     for name, tensor in ends[1].items():
