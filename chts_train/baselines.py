@@ -5,37 +5,46 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from chts_kernels import prune, unpack
+from chts_kernels import Operands, SparseWeight, pack, prune, spmm, unpack
 from chts_kernels.freshness import Freshness
+from chts_kernels.ops.spmm import compute_dtype
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Forward: the masked weight. Backward: the gradient of the masked weight, passed to all weights."""
+    """Forward: ``y``, which a masked weight made from ``x``. Backward: the gradient of that weight, dense, passed to all weights."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return weight * mask
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.dtype = weight.dtype
+        return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        (x,) = ctx.saved_tensors
+        grad = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        return dy, None, grad.to(ctx.dtype)
 
 
 class STELinear(nn.Linear):
     """A dense linear layer whose weight is masked to the best transposable N:M pattern in every forward pass.
 
-    Best by the sum of ``|w|`` over each 4x4 block, exactly. The gradient of the masked weight goes to all weights
-    (straight-through). SR-STE's term is added to the gradients by :func:`attach_srste_decay`.
+    Best by the sum of ``|w|`` over each 4x4 block, exactly. The forward pass and the gradient with respect to the input run on sparse
+    tensor cores where there are kernels for them (:func:`chts_kernels.spmm`); the gradient of the masked weight is dense and goes to all
+    weights (straight-through). SR-STE's term is added to the gradients by :func:`attach_srste_decay`.
 
     Args:
         in_features, out_features: positive multiples of 4.
         bias, device, dtype: those of ``nn.Linear``.
         n: links per group of four, 2 or 1.
         srste_lambda: SR-STE's decay of masked-out weights; 0 is plain STE.
+
+    The attribute ``impl`` chooses the implementation of the products as :func:`chts_kernels.spmm` has it; "auto" at first.
     """
 
     def __init__(
@@ -52,9 +61,8 @@ class STELinear(nn.Linear):
         self._configure(n, srste_lambda)
 
     def _configure(self, n: int, srste_lambda: float) -> None:
-        self.n, self.srste_lambda = n, srste_lambda
-        self._mask: torch.Tensor | None = None
-        self._freshness = Freshness()
+        self.n, self.srste_lambda, self.impl = n, srste_lambda, "auto"
+        self._forget()
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, n: int = 2, *, srste_lambda: float = 0.0) -> STELinear:
@@ -74,27 +82,44 @@ class STELinear(nn.Linear):
         self.mask()  # refuse illegal sizes here rather than in the first forward pass
         return self.train(linear.training)
 
+    @property
+    def sparse_weight(self) -> SparseWeight:
+        """Today's masked weight, compressed; a copy that no gradient reaches.
+
+        Kept until the weight changes, so that micro-batches of one optimizer step search once. A compiled graph or a CUDA graph searches
+        in every pass: it cannot tell whether the weight has changed.
+        """
+        if torch.compiler.is_compiling() or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return self._search()
+        if self._masked is None or not self._freshness.holds((self.weight,), self.weight.dtype):
+            self._masked, self._mask = self._search(), None
+            self._freshness.mark((self.weight,), self.weight.dtype)
+        return self._masked
+
+    @torch.no_grad()
+    def _search(self) -> SparseWeight:
+        weight = self.weight.detach()
+        ids = prune(weight, self.n)
+        return SparseWeight.view(ids, pack(weight, ids, self.n), self.n, self._operands)
+
     @torch.no_grad()
     def mask(self) -> torch.Tensor:
-        """[out_features, in_features] of zeros and ones in the weight's dtype: today's best pattern.
-
-        Kept until the weight changes, so that micro-batches of one optimizer step search once. A compiled graph searches in
-        every pass: it cannot tell whether the weight has changed.
-        """
-        if torch.compiler.is_compiling():
-            return self._search()
-        if self._mask is None or not self._freshness.holds((self.weight,), self.weight.dtype):
-            self._mask = self._search()
-            self._freshness.mark((self.weight,), self.weight.dtype)
-        return self._mask
-
-    def _search(self) -> torch.Tensor:
-        ids = prune(self.weight, self.n)
-        return unpack(self.weight.new_ones(self.out_features, self.in_features * self.n // 4), ids, self.n)
+        """[out_features, in_features] of zeros and ones in the weight's dtype: today's best pattern, kept as long as it is."""
+        masked = self.sparse_weight
+        if masked is self._masked and self._mask is not None:
+            return self._mask
+        mask = unpack(torch.ones_like(masked.values), masked.ids, self.n)
+        if masked is self._masked:
+            self._mask = mask
+        return mask
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] to [..., out_features]."""
-        return F.linear(x, _StraightThrough.apply(self.weight, self.mask()), self.bias)
+        """[..., in_features] to [..., out_features], in the dtype of ``x`` or autocast's."""
+        x = x.to(compute_dtype(x))
+        y = spmm(x, self.sparse_weight, self.bias, impl=self.impl)
+        if torch.is_grad_enabled() and self.weight.requires_grad:
+            return _StraightThrough.apply(y, x, self.weight)
+        return y
 
     def to_linear(self) -> nn.Linear:
         """A plain ``nn.Linear`` with zeros where the mask is zero."""
@@ -105,11 +130,16 @@ class STELinear(nn.Linear):
         return f"{super().extra_repr()}, n={self.n}, srste_lambda={self.srste_lambda:g}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_mask", "_freshness")}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_masked", "_mask", "_operands", "_freshness")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._mask, self._freshness = None, Freshness()
+        super().__setstate__({"impl": "auto", **state})
+        self._forget()
+
+    def _forget(self) -> None:
+        self._masked: SparseWeight | None = None
+        self._mask: torch.Tensor | None = None
+        self._operands, self._freshness = Operands(), Freshness()
 
 
 def dense_linear(layer: nn.Module, weight: torch.Tensor, requires_grad: bool) -> nn.Linear:

@@ -76,8 +76,8 @@ def test_what_decides_most_comes_first(tmp_path: Path) -> None:
     names = [arm.key.removeprefix("llama/") for arm in plan.waiting()]
     first = "dense chts24 random-regrow static srste24@6e-05 srste24@0.0002 srste24@0.0006 ste24 ste-window24 dense-start24 rigl24 "
     first += "random-moves chts14 static14 srste14@6e-05 srste14@0.0002 srste14@0.0006 ste-window14 dense-start14 rigl14"
-    assert names[:18] == [f"{name}/s0" for name in first.split()]
-    assert names[18:20] == ["dense/s1", "chts24/s1"] and names[-1] == "random-moves14/s2" and len(set(names)) == len(names)
+    assert names[:20] == [f"{name}/s0" for name in first.split()]
+    assert names[20:22] == ["dense/s1", "chts24/s1"] and names[-1] == "random-moves14/s2" and len(set(names)) == len(names)
     for arm in plan.waiting()[:1]:
         schedule._note_failure(plan, arm)
     assert plan.waiting()[-1].key == "llama/dense/s0"  # another try only after all others
