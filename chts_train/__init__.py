@@ -4,6 +4,7 @@ from chts_kernels import __version__
 
 from .adamw import FusedAdamW
 from .baselines import STELinear, attach_srste_decay
+from .forms import dense_states, load_dense_states_
 from .linear import SparseLinear, SparsifyRecord, SparsityConfig, densify_, sparse_layers, sparsify_
 from .methods import METHODS, Method, attach_method, get_method
 from .resident import make_operands_resident_, refresh_operands_
@@ -22,8 +23,10 @@ __all__ = [
     "__version__",
     "attach_method",
     "attach_srste_decay",
+    "dense_states",
     "densify_",
     "get_method",
+    "load_dense_states_",
     "make_operands_resident_",
     "refresh_operands_",
     "sparse_layers",

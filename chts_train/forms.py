@@ -19,7 +19,8 @@ def dense_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     """The optimizer's state by name of the parameter, as if all weights were dense.
 
     What is kept per link of a :class:`SparseLinear` goes to the link's place in the dense weight (the name ends in ``.weight`` then).
-    Elsewhere it is 0, second moments are the estimates of :func:`chts_train.new_moments.spread`.
+    Elsewhere it is 0, second moments are the estimates of :func:`chts_train.new_moments.spread`. Tensors that stay as they are are not
+    copied.
 
     Args:
         model: with its values whole, not sharded.

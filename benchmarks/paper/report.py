@@ -278,7 +278,7 @@ def _protocol(file: Paper, group: str, rows: Rows) -> list[str]:
     devices = sorted({str(row["environment"].get("gpu")) for row in rows if row.get("environment")})
     commits = sorted({_commit(row["environment"].get("commit")) for row in rows if row.get("environment")})
     own = {arm: get_method(arm).settings for arm in sorted({row["method"] for row in rows})}
-    others = [f"{arm}: {', '.join(f'{k} {v:g}' for k, v in values.items())}" for arm, values in own.items() if values]
+    others = [f"{arm}: {', '.join(f'{k} {_spell(v)}' for k, v in values.items())}" for arm, values in own.items() if values]
     return [
         f"protocol: {s['total_steps']:,} steps of {size}{_seen(s)}, {s['optimizer']}, learning rate {s['lr']:g}, "
         f"warm-up {s['warmup_steps']:,}, weight decay {s['weight_decay']:g}",
@@ -286,6 +286,10 @@ def _protocol(file: Paper, group: str, rows: Rows) -> list[str]:
         *others,
         f"data: {data}; device: {', '.join(devices)}; commit {', '.join(commits)}; paper's scale and data differ",
     ]
+
+
+def _spell(value: Any) -> str:
+    return " to ".join(f"{part:g}" for part in (value if isinstance(value, tuple) else (value,)))
 
 
 def _seen(s: Mapping[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -164,6 +166,26 @@ def test_states_survive_a_round_trip(micro, tmp_path):
     for parameter, state in before.items():
         for key, value in state.items():
             assert torch.equal(trainer.optimizer.state[parameter][key], value), key
+
+
+def test_the_change_of_form_in_the_readme(micro, tmp_path):
+    [code] = re.findall(r"```python\n(# A window.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.S)
+    scope = {"torch": torch}
+    exec(code, scope)
+    trainer = make(micro, tmp_path / "a", window=None, optimizer="adamw")
+    trainer.train()
+    model = trainer.model
+    before = {name: layer.weight.to_dense() for name, layer in sparse_layers(model).items()}
+    optimizer = scope["change_form"](model, trainer.optimizer, "ste")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, STELinear)}
+    assert all(torch.equal(layer.weight * layer.mask(), before[name]) for name, layer in layers.items())
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    optimizer = scope["change_form"](model, optimizer, "sparse")
+    assert sparse_layers(model).keys() == before.keys()
+    for parameter in model.parameters():
+        assert int(optimizer.state[parameter]["step"]) == STEPS + 1
 
 
 def test_what_cannot_have_a_window_is_refused(micro, tmp_path):
