@@ -60,6 +60,11 @@ def compiled(model) -> set[str]:
     return {type(module).__name__ for module in model.modules() if module._compiled_call_impl is not None}
 
 
+def window(method):
+    """Long enough on each side for graphs to be captured in every form of the weights."""
+    return {"ste_window": (1 / 6, 1 / 2)} if "window" in method else {}
+
+
 class Replayed(StepGraphs):
     """Replays by calling again what would have been captured; capturing computes nothing, as in CUDA."""
 
@@ -100,10 +105,10 @@ def replayed(monkeypatch):
     monkeypatch.setattr(trainer, "compile_blocks", lambda model: model)
 
 
-@pytest.mark.parametrize("method", ("dense", "chts24", "srste24", "rigl24"))
+@pytest.mark.parametrize("method", ("dense", "chts24", "srste24", "rigl24", "ste-window24"))
 def test_replayed_steps_are_eager_steps(tmp_path, micro, replayed, method, monkeypatch):
     """Two micro-batches a step, updates at steps 3, 6 and 9 with a ramp of the learning rate, and a resumption between."""
-    config = micro(method=method, lr_ramp_steps=2)
+    config = micro(method=method, lr_ramp_steps=2, **window(method))
     train(config, tmp_path / "eager", "off")
     graphs = train(config, tmp_path / "graph", "graph", save_interval=5, keep=9).graphs
     assert set(graphs._passes) == {True, False} and graphs._step is not None
@@ -133,11 +138,11 @@ def test_which_mode_fits():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ("dense", "chts24", "chts14", "srste24", "rigl24"))
+@pytest.mark.parametrize("method", ("dense", "chts24", "chts14", "srste24", "rigl24", "ste-window24", "ste-window14"))
 def test_captured_training_on_the_gpu(tmp_path, micro, method):
     """20 steps with two updates and a resumption: the losses of eager training within the noise of bf16."""
     torch._dynamo.reset()
-    base = micro(method=method, total_steps=20, interval=6, stop_fraction=0.6, lr_ramp_steps=2, lr=3e-3)
+    base = micro(method=method, total_steps=20, interval=6, stop_fraction=0.6, lr_ramp_steps=2, lr=3e-3, **window(method))
     model = replace(base.model, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     config = replace(base, model=model, batch_size=16, micro_batch=8)
     with torch._inductor.config.patch(compile_threads=4):
