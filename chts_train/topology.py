@@ -238,7 +238,12 @@ class TopologyEvolver:
         self._attached = False
 
     def close(self) -> None:
-        """Remove the hooks from the optimizer. The evolver is of no use afterwards."""
+        """Remove the hooks from the optimizer, and wait for the last comparison of ranks. The evolver is of no use afterwards.
+
+        Raises:
+            TopologyMismatch: when ranks of a data-parallel job hold different ids.
+        """
+        self._check.finish()
         for handle in self._handles:
             handle.remove()
         self._handles = []

@@ -225,6 +225,9 @@ class Trainer:
         a dense start as ``init`` says) and keep what the optimizer knows of the links; masked ones keep their masks as patterns.
         """
         before = self.form
+        if self.evolver is not None:
+            self._log_update()
+            self.evolver.close()
         states = dense_states(self.model, self.optimizer)
         schedule = self.scheduler.state_dict()
         for parameter in self.model.parameters():

@@ -125,6 +125,15 @@ def test_a_window_after_a_dense_start_or_at_the_start(micro, tmp_path):
     assert lines(trainer.run, "compress") == [(STEPS - 1, None)]
 
 
+def test_an_update_right_before_the_window_is_logged(micro, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = micro(method="chts24", ste_window=(0.25, 0.75), interval=3, eval_interval=12)
+    trainer = Trainer(config, tmp_path / "run", Settings(device="cpu", quiet=True, log_interval=12, checkpoints=False))
+    assert trainer.train().finished
+    [update] = [row for row in read_metrics(trainer.run / METRICS) if row["kind"] == "update"]
+    assert update["step"] == 3 and update["turnover"] > 0 and lines(trainer.run, "expand") == [(3, None)]
+
+
 def test_inside_the_window_training_is_that_of_srste(micro, tmp_path):
     ours = make(micro, tmp_path / "ours", window=(0.0, 0.5), srste_lambda=1e-2)
     theirs = make(micro, tmp_path / "theirs", "srste24", None, srste_lambda=1e-2)
