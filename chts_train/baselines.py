@@ -92,7 +92,8 @@ class STELinear(nn.Linear):
         if torch.compiler.is_compiling() or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return self._search()
         if self._masked is None or not self._freshness.holds((self.weight,), self.weight.dtype):
-            self._masked, self._mask = self._search(), None
+            with torch.inference_mode(False):  # a validation may be first to ask, and training next
+                self._masked, self._mask = self._search(), None
             self._freshness.mark((self.weight,), self.weight.dtype)
         return self._masked
 
@@ -108,7 +109,8 @@ class STELinear(nn.Linear):
         masked = self.sparse_weight
         if masked is self._masked and self._mask is not None:
             return self._mask
-        mask = unpack(torch.ones_like(masked.values), masked.ids, self.n)
+        with torch.inference_mode(False):
+            mask = unpack(torch.ones_like(masked.values), masked.ids, self.n)
         if masked is self._masked:
             self._mask = mask
         return mask

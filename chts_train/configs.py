@@ -170,6 +170,9 @@ class RunConfig:
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        start, end = self.ste_steps
+        if self.ste_window and start >= end:
+            raise ValueError(f"ste_window must hold a step of total_steps={self.total_steps}, got {self.ste_window!r}")
         if isinstance(self.model, LlamaConfig) and self.seq_len > self.model.max_position_embeddings:
             raise ValueError(
                 f"seq_len must be at most model.max_position_embeddings={self.model.max_position_embeddings}, "

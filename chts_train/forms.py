@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import nn
 
 from chts_kernels import pack, unpack
 
-from .linear import sparse_layers
-from .new_moments import SECOND_MOMENTS, spread
+from .distributed import is_dtensor
+from .linear import SparseLinear, sparse_layers
+from .new_moments import SECOND_MOMENTS, link_states, spread
 
 
 @torch.no_grad()
@@ -23,20 +24,21 @@ def dense_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     copied.
 
     Args:
-        model: with its values whole, not sharded.
+        model: with its values whole, not sharded; not wrapped.
         optimizer: that trains it.
+
+    Raises:
+        TypeError: when the optimizer keeps something of a sparse layer that is neither a number nor in the shape of its values.
+        NotImplementedError: for sharded values.
     """
-    layers = {f"{name}.values": (f"{name}.weight", layer) for name, layer in sparse_layers(model).items()}
     states = {}
-    for name, parameter in model.named_parameters():
+    for name, dense, parameter, layer in _parameters(model):
         state = optimizer.state.get(parameter)
         if not state:
             continue
-        dense, layer = layers.get(name, (name, None))
+        links = link_states(optimizer, name, parameter) if layer is not None else {}
         states[dense] = {
-            key: value
-            if layer is None or not _is_like(value, parameter)
-            else (spread if key in SECOND_MOMENTS else unpack)(value, layer.ids, layer.n)
+            key: value if key not in links else (spread if key in SECOND_MOMENTS else unpack)(value, layer.ids, layer.n)
             for key, value in state.items()
         }
     return states
@@ -44,21 +46,36 @@ def dense_states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 
 @torch.no_grad()
 def load_dense_states_(model: nn.Module, optimizer: torch.optim.Optimizer, states: Mapping[str, Mapping[str, Any]]) -> None:
-    """Give an optimizer what :func:`dense_states` took from another one; of sparse layers what lies at their links."""
+    """Give an optimizer what :func:`dense_states` took from another one; of sparse layers what lies at their links.
+
+    Raises:
+        ValueError: when a name in ``states`` is no parameter's, or a shape not that of a sparse layer's weight; then nothing was changed.
+        NotImplementedError: for sharded values.
+    """
+    named = {dense: (parameter, layer) for _, dense, parameter, layer in _parameters(model)}
+    unknown = sorted(states.keys() - named.keys())
+    if unknown:
+        raise ValueError(f"states: must be of this model's parameters, got {len(unknown)} others, the first {unknown[0]!r}")
+    loaded: dict[nn.Parameter, dict[str, Any]] = {}
+    for name, state in states.items():
+        parameter, layer = named[name]
+        shape = parameter.shape if layer is None else (layer.out_features, layer.in_features)
+        loaded[parameter] = dict(state)
+        for key, value in state.items() if layer is not None else ():
+            if isinstance(value, torch.Tensor) and value.numel() > 1:
+                if value.shape != shape:
+                    raise ValueError(
+                        f"states[{name!r}][{key!r}]: must have the weight's shape {tuple(shape)}, got {tuple(value.shape)}"
+                    )
+                loaded[parameter][key] = pack(value, layer.ids, layer.n)
+    optimizer.state.update(loaded)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter, SparseLinear | None]]:
+    """Name, name when dense, parameter, and the sparse layer whose values it is."""
     layers = {f"{name}.values": (f"{name}.weight", layer) for name, layer in sparse_layers(model).items()}
     for name, parameter in model.named_parameters():
         dense, layer = layers.get(name, (name, None))
-        if dense not in states:
-            continue
-        shape = parameter.shape if layer is None else (layer.out_features, layer.in_features)
-        optimizer.state[parameter] = {
-            key: pack(value, layer.ids, layer.n)
-            if layer is not None and isinstance(value, torch.Tensor) and value.shape == shape
-            else value
-            for key, value in states[dense].items()
-        }
-
-
-def _is_like(value: Any, parameter: torch.Tensor) -> bool:
-    """Whether an entry of the optimizer's state has a number for every element of a parameter."""
-    return isinstance(value, torch.Tensor) and value.shape == parameter.shape
+        if layer is not None and is_dtensor(parameter):
+            raise NotImplementedError(f"{name}: must be whole, got sharded values")
+        yield name, dense, parameter, layer

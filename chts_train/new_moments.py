@@ -9,8 +9,7 @@ product, as the squared gradients of a linear layer nearly are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
@@ -26,9 +25,27 @@ SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 """Keys of torch's optimizers for running means of squared gradients."""
 
 
-def second_moments(state: Mapping[str, Any], values: torch.Tensor) -> list[torch.Tensor]:
-    """The entries of a parameter's optimizer state that :func:`estimate_` is for."""
-    return [state[key] for key in SECOND_MOMENTS if isinstance(state.get(key), torch.Tensor) and state[key].shape == values.shape]
+def link_states(optimizer: torch.optim.Optimizer, name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The entries of a parameter's optimizer state that have a number for every element and so can follow it; scalars stay behind.
+
+    Args:
+        name: of the parameter, for errors.
+        values: the parameter.
+
+    Raises:
+        TypeError: when the optimizer keeps anything else for it.
+    """
+    found = {}
+    for key, entry in optimizer.state.get(values, {}).items():
+        if isinstance(entry, torch.Tensor) and entry.shape == values.shape:
+            found[key] = entry
+        elif not (entry is None or isinstance(entry, int | float) or (isinstance(entry, torch.Tensor) and entry.numel() == 1)):
+            what = f"a tensor of shape {tuple(entry.shape)}" if isinstance(entry, torch.Tensor) else type(entry).__name__
+            raise TypeError(
+                f"optimizer: must keep per-parameter state in the parameter's shape for links to carry it along, got "
+                f"{type(optimizer).__name__} with state[{key!r}] = {what} for {name} {tuple(values.shape)}"
+            )
+    return found
 
 
 @torch.no_grad()

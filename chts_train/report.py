@@ -49,8 +49,8 @@ def describe(trainer: Trainer) -> list[str]:
     ]
     if trainer.form == "dense" != method.kind:
         lines.append(f"dense for {config.dense_steps:,} steps, then pruned to {method.n}:4")
-    start, end = config.ste_steps
-    if start < end:
+    if config.ste_window:
+        start, end = config.ste_steps
         lines.append(f"dense weights and masks that follow them from step {start:,} to {end:,}, compressed ones before and after")
     last = math.floor(config.stop_fraction * config.total_steps)
     if trainer.evolver is not None and config.interval > last:

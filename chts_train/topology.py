@@ -30,7 +30,7 @@ from .distributed import (
 )
 from .linear import SparseLinear, sparse_layers
 from .moves import Member, move_many
-from .new_moments import NEW_MOMENTS, estimate_, second_moments
+from .new_moments import NEW_MOMENTS, SECOND_MOMENTS, estimate_, link_states
 
 MAX_AGE = 255
 """Link ages are kept in one byte, in updates, and stop here."""
@@ -344,7 +344,7 @@ class TopologyEvolver:
             if self._gradients is not None:
                 self._gradients.check()
         moments = self._moments() if update else {}  # may raise: before anything is counted or changed
-        seconds = self._second_moments() if update else {}
+        seconds = self._second_moments(moments) if update else {}
         if update:
             for layer in self.layers.values():
                 layer.require_fresh_operands()
@@ -365,7 +365,7 @@ class TopologyEvolver:
             self._check.start({name: layer.ids for name, layer in self.layers.items()}, when)
 
     @torch.no_grad()
-    def _update(self, moments: dict[str, list[torch.Tensor]]) -> None:
+    def _update(self, moments: dict[str, dict[str, torch.Tensor]]) -> None:
         # Layers go in one call for each implementation and device, so that equal shapes share launches.
         groups: dict[tuple[str, torch.device, bool], list[Member]] = {}
         ages = self._older()
@@ -373,7 +373,7 @@ class TopologyEvolver:
             # A kernel's name names the products; the update knows only one reference and one kernel.
             impl = "reference" if layer.impl == "reference" else "auto"
             kind = impl, layer.ids.device, is_dtensor(layer.values)
-            groups.setdefault(kind, []).append((index, name, layer, [*moments[name], ages[name]]))
+            groups.setdefault(kind, []).append((index, name, layer, [*moments[name].values(), ages[name]]))
         for (impl, device, sharded), members in groups.items():
             if sharded:
                 for some in _chunks(members, GATHERED_BYTES):
@@ -405,10 +405,10 @@ class TopologyEvolver:
         for (_, n, start, *_), moved in together.items():
             carry_over_rows_(*(list(column) for column in zip(*moved, strict=True)), n, start, impl=impl)
 
-    def _move(self, moments: dict[str, list[torch.Tensor]]) -> None:
+    def _move(self, moments: dict[str, dict[str, torch.Tensor]]) -> None:
         ages = self._older()
         members = [
-            (index, name, layer, [*moments[name], ages[name]]) for index, (name, layer) in enumerate(self.layers.items())
+            (index, name, layer, [*moments[name].values(), ages[name]]) for index, (name, layer) in enumerate(self.layers.items())
         ]
         for name, result in move_many(members, self._gradients, **self._rule()):
             self._note(name, result)
@@ -447,44 +447,20 @@ class TopologyEvolver:
             self.ages[name] = self.ages[name].to(layer.values.device)
         return self.ages[name]
 
-    def _moments(self) -> dict[str, list[torch.Tensor]]:
+    def _moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """Per layer the optimizer's tensors that follow links."""
-        return {name: self._moments_of(name, layer.values) for name, layer in self.layers.items()}
+        return {name: link_states(self.optimizer, f"{name}.values", layer.values) for name, layer in self.layers.items()}
 
-    def _second_moments(self) -> dict[str, list[torch.Tensor]]:
+    def _second_moments(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, list[torch.Tensor]]:
         """Per layer what is to be estimated for its new links."""
         if self.new_moments == "zero":
             return {}
-        found = {}
-        for name, layer in self.layers.items():
-            state = self.optimizer.state.get(layer.values, {})
-            found[name] = second_moments(state, layer.values)
-            if state and not found[name]:
-                raise ValueError(
-                    f"new_moments: must be 'zero' with an optimizer that keeps no means of squared gradients, got 'estimated' with "
-                    f"{type(self.optimizer).__name__}"
-                )
-        return found
-
-    def _moments_of(self, name: str, values: nn.Parameter) -> list[torch.Tensor]:
-        found = []
-        for key, entry in self.optimizer.state.get(values, {}).items():
-            if isinstance(entry, torch.Tensor) and entry.shape == values.shape:
-                found.append(entry)
-            elif not (
-                entry is None
-                or isinstance(entry, int | float)
-                or (isinstance(entry, torch.Tensor) and entry.numel() == 1)
-            ):
-                what = (
-                    f"a tensor of shape {tuple(entry.shape)}"
-                    if isinstance(entry, torch.Tensor)
-                    else type(entry).__name__
-                )
-                raise TypeError(
-                    f"optimizer: must keep per-parameter state in the parameter's shape for links to carry it along, got "
-                    f"{type(self.optimizer).__name__} with state[{key!r}] = {what} for {name}.values {tuple(values.shape)}"
-                )
+        found = {name: [t for key, t in of_layer.items() if key in SECOND_MOMENTS] for name, of_layer in moments.items()}
+        if any(self.optimizer.state.get(layer.values) and not found[name] for name, layer in self.layers.items()):
+            raise ValueError(
+                f"new_moments: must be 'zero' with an optimizer that keeps no means of squared gradients, got 'estimated' with "
+                f"{type(self.optimizer).__name__}"
+            )
         return found
 
     def _before_optimizer_step(

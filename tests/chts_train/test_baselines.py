@@ -58,6 +58,18 @@ def test_ste_passes_run_on_sparse_tensor_cores(n, compiled):
             layer.weight.copy_(torch.randn_like(layer.weight) * 0.05)
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_ste_trains_on_after_a_validation(mode):
+    layer, x = STELinear(16, 16), torch.randn(4, 16)
+    with mode():
+        y = layer(x)
+        mask = layer.mask()
+    again = layer(x)
+    again.sum().backward()
+    assert torch.equal(again, y) and bool((layer.weight.grad != 0).all()) and layer.mask() is mask
+    assert not mask.is_inference()
+
+
 def test_ste_mask_follows_the_weight():
     layer = STELinear(8, 8)
     first = layer.mask()

@@ -1,9 +1,10 @@
-"""A window of masked dense weights in the middle of a run with compressed ones."""
+"""Runs whose weights change their form: a dense start, and a window of masked dense weights between compressed ones."""
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,17 +23,18 @@ from chts_train.settings import Settings
 from chts_train.trainer import Trainer
 
 START, END, STEPS = 4, 8, 12
-WINDOW = (START / STEPS, END / STEPS)
+DENSE_START = {"method": "dense-start24", "dense_fraction": START / STEPS}
+WINDOW = {"method": "ste-window24", "ste_window": (START / STEPS, END / STEPS)}
 
 
 def lines(run, kind="train"):
     return [(row["step"], row.get("loss")) for row in read_metrics(run / METRICS) if row["kind"] == kind]
 
 
-def make(micro, folder, method="ste-window24", window=WINDOW, **changes):
+def make(micro, folder, **changes):
     folder.mkdir()
     settings = Settings(device="cpu", quiet=True, log_interval=1, save_interval=1, keep=20)
-    return Trainer(micro(method=method, ste_window=window, **changes), folder, settings)
+    return Trainer(micro(**changes), folder, settings)
 
 
 def snapshot(trainer):
@@ -40,11 +42,51 @@ def snapshot(trainer):
     return {name: p.detach().clone() for name, p in names.items()}, dense_states(trainer.model, trainer.optimizer)
 
 
+@pytest.mark.parametrize(("method", "n"), (("dense-start24", 2), ("dense-start14", 1), ("chts24", 2)))
+def test_a_dense_run_until_the_weights_are_compressed(micro, tmp_path, method, n):
+    dense = make(micro, tmp_path / "dense", method="dense")
+    dense.train()
+    ours = make(micro, tmp_path / "ours", method=method, dense_fraction=START / STEPS)
+    seen = {}
+    change = ours._change_form
+
+    def watched(form):
+        names = dict(ours.model.named_parameters())
+        seen["weights"] = {name: p.detach().clone() for name, p in names.items()}
+        seen["moments"] = {name: ours.optimizer.state[p]["exp_avg_sq"].clone() for name, p in names.items()}
+        change(form)
+        seen["rate"] = ours.optimizer.param_groups[0]["lr"]
+        layers = sparse_layers(ours.model)
+        assert layers and ours.records
+        for name, p in ours.model.named_parameters():
+            source = name.removesuffix(".values") + ".weight" if name.endswith(".values") else name
+            weight, moment = seen["weights"][source], seen["moments"][source]
+            if name.endswith(".values"):
+                ids = layers[name.removesuffix(".values")].ids
+                assert torch.equal(ids, prune(weight, n))
+                weight, moment = (pack(t, ids, n) for t in (weight, moment))
+            assert torch.equal(p, weight) and torch.equal(ours.optimizer.state[p]["exp_avg_sq"], moment)
+            assert int(ours.optimizer.state[p]["step"]) == START
+
+    ours._change_form = watched
+    assert not sparse_layers(ours.model) and ours.form == "dense"
+    outcome = ours.train()
+    assert outcome.finished and ours.form == "sparse" and seen
+    assert lines(ours.run)[:START] == lines(dense.run)[:START]
+    first, before = lines(ours.run)[START], lines(dense.run)[START]
+    assert first[0] == before[0] == START + 1 and first[1] != before[1]  # of the pruned weights
+    rates = {row["step"]: row["lr"] for row in read_metrics(dense.run / METRICS) if row["kind"] == "train"}
+    assert seen["rate"] == pytest.approx(rates[START + 1])
+    assert lines(ours.run, "compress") == [(START, None)]
+    updates = [step for step, _ in lines(ours.run, "update")]
+    assert updates == ([6, 9] if method == "chts24" else [])  # not at step 3, when it was dense
+
+
 @pytest.mark.parametrize(("method", "n"), (("ste-window24", 2), ("ste-window14", 1), ("chts24", 2)))
 def test_weights_and_moments_go_through_the_window(micro, tmp_path, method, n):
-    static = make(micro, tmp_path / "static", method, None)
+    static = make(micro, tmp_path / "static", method=method)
     static.train()
-    ours = make(micro, tmp_path / "ours", method)
+    ours = make(micro, tmp_path / "ours", **WINDOW | {"method": method})
     change, seen = ours._change_form, []
 
     def watched(form):
@@ -92,35 +134,41 @@ def test_weights_and_moments_go_through_the_window(micro, tmp_path, method, n):
     )
 
 
-@pytest.mark.parametrize("step", (2, START, START + 1, END, END + 1))
-def test_runs_resume_in_every_form(micro, tmp_path, step):
-    whole = make(micro, tmp_path / "whole", "chts24")
+@pytest.mark.parametrize(
+    ("changes", "step", "form"),
+    (
+        *((DENSE_START, step, "dense" if step <= START else "sparse") for step in (2, START, START + 1, 8)),
+        *((WINDOW, step, "ste" if START < step <= END else "sparse") for step in (2, START, START + 1, END, END + 1)),
+    ),
+)
+def test_runs_resume_in_every_form(micro, tmp_path, changes, step, form):
+    whole = make(micro, tmp_path / "whole", **changes | {"method": "chts24"})
     whole.train()
     settings = Settings(device="cpu", quiet=True, log_interval=1)
     checkpoint = whole.run / "checkpoints" / f"step-{step:08d}"
     (tmp_path / "branch").mkdir()
     branch = Trainer.resume(checkpoint, settings, run=tmp_path / "branch")
-    inside = START < step <= END
-    assert branch.form == ("ste" if inside else "sparse")
+    assert branch.form == form
     assert branch.train().finished
     assert lines(branch.run) == lines(whole.run)
     for (name, a), (_, b) in zip(branch.model.state_dict().items(), whole.model.state_dict().items(), strict=True):
         assert torch.equal(a, b), name
     model, _, _ = load_run(checkpoint)
-    assert bool(sparse_layers(model)) != inside
+    assert bool(sparse_layers(model)) == (form == "sparse")
     exported = export_run(checkpoint, tmp_path / "exported")
-    assert json.loads((exported.files[0].parent / "config.json").read_text())["chts"]["n"] == 2
+    facts = json.loads((exported.files[0].parent / "config.json").read_text())["chts"]
+    assert facts["n"] == (None if form == "dense" else 2)
 
 
 def test_a_window_after_a_dense_start_or_at_the_start(micro, tmp_path):
-    trainer = make(micro, tmp_path / "a", "static", dense_fraction=START / STEPS)
+    trainer = make(micro, tmp_path / "a", **WINDOW | DENSE_START)
     assert trainer.form == "dense" and trainer.train().finished and trainer.form == "sparse"
     assert lines(trainer.run, "expand") == [(START, None)] and lines(trainer.run, "compress") == [(END, None)]
-    trainer = make(micro, tmp_path / "b", window=(0.0, 0.5), srste_lambda=0.5)
+    trainer = make(micro, tmp_path / "b", **WINDOW | {"ste_window": (0.0, 0.5)}, srste_lambda=0.5)
     assert trainer.form == "ste"
     assert all(m.srste_lambda == 0.5 for m in trainer.model.modules() if isinstance(m, STELinear))
     assert trainer.train().finished and trainer.form == "sparse"
-    trainer = make(micro, tmp_path / "c", window=(0.5, 0.999))  # the last step always trains what is kept
+    trainer = make(micro, tmp_path / "c", **WINDOW | {"ste_window": (0.5, 0.999)})  # the last step always trains what is kept
     assert trainer.train().finished and trainer.form == "sparse"
     assert lines(trainer.run, "compress") == [(STEPS - 1, None)]
 
@@ -135,15 +183,27 @@ def test_an_update_right_before_the_window_is_logged(micro, tmp_path):
 
 
 def test_inside_the_window_training_is_that_of_srste(micro, tmp_path):
-    ours = make(micro, tmp_path / "ours", window=(0.0, 0.5), srste_lambda=1e-2)
-    theirs = make(micro, tmp_path / "theirs", "srste24", None, srste_lambda=1e-2)
+    ours = make(micro, tmp_path / "ours", **WINDOW | {"ste_window": (0.0, 0.5)}, srste_lambda=1e-2)
+    theirs = make(micro, tmp_path / "theirs", method="srste24", srste_lambda=1e-2)
     ours.train(), theirs.train()
     assert lines(ours.run)[: STEPS // 2] == lines(theirs.run)[: STEPS // 2]
 
 
 def test_sgd_keeps_its_momentum(micro, tmp_path):
-    trainer = make(micro, tmp_path / "a", optimizer="sgd", lr=1e-2)
-    assert trainer.train().finished
+    trainer = make(micro, tmp_path / "a", **WINDOW, optimizer="sgd", lr=1e-2)
+    change, seen = trainer._change_form, []
+
+    def watched(form):
+        before = snapshot(trainer)[1]
+        change(form)
+        after = snapshot(trainer)[1]
+        weight = dict(trainer.model.named_modules())["model.layers.0.mlp.up_proj"]
+        links = weight.mask() if form == "ste" else weight.weight.mask()
+        name = "model.layers.0.mlp.up_proj.weight"
+        seen.append(torch.equal(before[name]["momentum_buffer"] * links, after[name]["momentum_buffer"]))
+
+    trainer._change_form = watched
+    assert trainer.train().finished and seen == [True, True]
 
 
 def test_second_moments_are_spread_exactly_where_they_are_an_outer_product():
@@ -167,7 +227,7 @@ def test_second_moments_are_spread_exactly_where_they_are_an_outer_product():
 
 
 def test_states_survive_a_round_trip(micro, tmp_path):
-    trainer = make(micro, tmp_path / "a", window=None)
+    trainer = make(micro, tmp_path / "a", method="static")
     trainer.train()
     states = dense_states(trainer.model, trainer.optimizer)
     before = {p: {k: v.clone() for k, v in state.items()} for p, state in trainer.optimizer.state.items()}
@@ -177,11 +237,28 @@ def test_states_survive_a_round_trip(micro, tmp_path):
             assert torch.equal(trainer.optimizer.state[parameter][key], value), key
 
 
+def test_states_that_do_not_fit_are_refused(micro, tmp_path):
+    trainer = make(micro, tmp_path / "a", method="static")
+    trainer.train()
+    states, before = dense_states(trainer.model, trainer.optimizer), dict(trainer.optimizer.state)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match="states: must be of this model's parameters, got 1 others, the first 'nowhere'"):
+        load_dense_states_(trainer.model, trainer.optimizer, states | {"nowhere": states[name]})
+    short = {key: value[:4] if value.dim() else value for key, value in states[name].items()}
+    with pytest.raises(ValueError, match=r"up_proj.weight'\]\['exp_avg'\]: must have the weight's shape \(24, 16\), got \(4, 16\)"):
+        load_dense_states_(trainer.model, trainer.optimizer, states | {name: short})
+    assert all(trainer.optimizer.state[p] is state for p, state in before.items())
+    layer = sparse_layers(trainer.model)[name.removesuffix(".weight")]
+    trainer.optimizer.state[layer.values]["exp_avg_sq_row"] = torch.zeros(24)
+    with pytest.raises(TypeError, match=r"exp_avg_sq_row'\] = a tensor of shape \(24,\) for model.layers.0.mlp.up_proj.values"):
+        dense_states(trainer.model, trainer.optimizer)
+
+
 def test_the_change_of_form_in_the_readme(micro, tmp_path):
     [code] = re.findall(r"```python\n(# A window.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.S)
     scope = {"torch": torch}
     exec(code, scope)
-    trainer = make(micro, tmp_path / "a", window=None, optimizer="adamw")
+    trainer = make(micro, tmp_path / "a", method="static", optimizer="adamw")
     trainer.train()
     model = trainer.model
     before = {name: layer.weight.to_dense() for name, layer in sparse_layers(model).items()}
@@ -197,17 +274,36 @@ def test_the_change_of_form_in_the_readme(micro, tmp_path):
         assert int(optimizer.state[parameter]["step"]) == STEPS + 1
 
 
+def test_what_cannot_start_densely_is_refused(micro, tmp_path):
+    with pytest.raises(ValueError, match="dense_fraction must be 0 with method srste24, got 0.3"):
+        make(micro, tmp_path / "a", method="srste24", dense_fraction=0.3)
+    with pytest.raises(ValueError, match="dense_fraction must be 0 with method dense, got 0.3"):
+        make(micro, tmp_path / "b", method="dense", dense_fraction=0.3)
+    with pytest.raises(ValueError, match=r"dense_fraction must be in \[0, 1\), got 1.0"):
+        make(micro, tmp_path / "c", method="static", dense_fraction=1.0)
+    with pytest.raises(RuntimeError, match="wgmma_sp"):  # now, not after the dense steps
+        make(micro, tmp_path / "d", **DENSE_START, impl="wgmma_sp")
+    state = torch.get_rng_state()
+    odd = replace(micro().model, hidden_size=18, intermediate_size=27, num_attention_heads=3)
+    with pytest.raises(ValueError, match="must have a linear layer that can be made sparse"):
+        make(micro, tmp_path / "e", **DENSE_START, model=odd)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert METHODS["dense-start24"].settings == {"dense_fraction": 0.25} and not METHODS["dense-start14"].evolves
+
+
 def test_what_cannot_have_a_window_is_refused(micro, tmp_path):
     with pytest.raises(ValueError, match="ste_window must be None with method srste24, got"):
-        make(micro, tmp_path / "a", "srste24")
+        make(micro, tmp_path / "a", **WINDOW | {"method": "srste24"})
     with pytest.raises(ValueError, match="ste_window must be None with method dense, got"):
-        make(micro, tmp_path / "b", "dense")
+        make(micro, tmp_path / "b", **WINDOW | {"method": "dense"})
     for window in ((0.5, 0.5), (0.6, 0.4), (-0.1, 0.5), (0.5, 1.0)):
         with pytest.raises(ValueError, match=r"ste_window must be None, or two rising numbers in \[dense_fraction=0, 1\), got"):
-            make(micro, tmp_path / "c", window=window)
+            make(micro, tmp_path / "c", **WINDOW | {"ste_window": window})
         (tmp_path / "c").rmdir()
+    with pytest.raises(ValueError, match=r"ste_window must hold a step of total_steps=12, got \(0.5, 0.51\)"):
+        make(micro, tmp_path / "c", **WINDOW | {"ste_window": (0.5, 0.51)})
     with pytest.raises(ValueError, match=r"in \[dense_fraction=0.5, 1\), got \(0.25, 0.75\)"):
-        make(micro, tmp_path / "d", window=(0.25, 0.75), dense_fraction=0.5)
+        make(micro, tmp_path / "d", **WINDOW | {"ste_window": (0.25, 0.75)}, dense_fraction=0.5)
     with pytest.raises(RuntimeError, match="wgmma_sp"):  # now, not after the window
-        make(micro, tmp_path / "e", window=(0.0, 0.5), impl="wgmma_sp")
+        make(micro, tmp_path / "e", **WINDOW | {"ste_window": (0.0, 0.5)}, impl="wgmma_sp")
     assert METHODS["ste-window24"].settings == {"ste_window": (0.25, 0.75)} and not METHODS["ste-window14"].evolves
