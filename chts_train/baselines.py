@@ -9,8 +9,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-from chts_kernels import Operands, SparseWeight, pack, prune, spmm, unpack
+from chts_kernels import Operands, SparseWeight, spmm, unpack
 from chts_kernels.freshness import Freshness
+from chts_kernels.ops.prune import prune_pack
 from chts_kernels.ops.spmm import compute_dtype
 
 
@@ -99,9 +100,8 @@ class STELinear(nn.Linear):
 
     @torch.no_grad()
     def _search(self) -> SparseWeight:
-        weight = self.weight.detach()
-        ids = prune(weight, self.n)
-        return SparseWeight.view(ids, pack(weight, ids, self.n), self.n, self._operands)
+        ids, values, *_ = prune_pack(self.weight.detach(), self.n)
+        return SparseWeight.view(ids, values, self.n, self._operands)
 
     @torch.no_grad()
     def mask(self) -> torch.Tensor:
@@ -172,8 +172,7 @@ def attach_srste_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> Re
                 by_decay.setdefault(layer.srste_lambda, []).append(layer)
         for decay, same in by_decay.items():  # a launch or two for all layers
             weights = [layer.weight for layer in same]
-            masked_in = torch._foreach_mul(weights, [layer.mask() for layer in same])
-            masked_out = torch._foreach_sub(weights, masked_in)
+            masked_out = torch._foreach_sub(weights, [layer.sparse_weight.to_dense() for layer in same])
             torch._foreach_add_([w.grad for w in weights], masked_out, alpha=decay)
 
     return optimizer.register_step_pre_hook(add_decay)

@@ -306,4 +306,4 @@ def test_what_cannot_have_a_window_is_refused(micro, tmp_path):
         make(micro, tmp_path / "d", **WINDOW | {"ste_window": (0.25, 0.75)}, dense_fraction=0.5)
     with pytest.raises(RuntimeError, match="wgmma_sp"):  # now, not after the window
         make(micro, tmp_path / "e", **WINDOW | {"ste_window": (0.0, 0.5)}, impl="wgmma_sp")
-    assert METHODS["ste-window24"].settings == {"ste_window": (0.25, 0.75)} and not METHODS["ste-window14"].evolves
+    assert METHODS["ste-window24"].settings == {"ste_window": (0.15, 0.85)} and not METHODS["ste-window14"].evolves
