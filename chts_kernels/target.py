@@ -66,6 +66,7 @@ def has_sparse_tensor_core_kernel(index: int) -> bool:
     return False
 
 
+@functools.cache  # 0.2 ms of looking through folders, otherwise at every choice of a kernel
 def _package_version(name: str) -> str:
     try:
         return metadata.version(name)
