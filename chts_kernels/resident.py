@@ -9,6 +9,7 @@ looks at the versions as before, and finds writes that nobody followed.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -38,6 +39,25 @@ class _Followed(Freshness):
     def mark(self, tensors: tuple[torch.Tensor, ...], *settings: object) -> None:
         self._key, self._capture, self._lasts = _key(tensors, settings), None, True
         self._storages = tuple(StorageWeakRef(t.untyped_storage()) for t in tensors)
+
+
+class FollowedParameter(_Followed):
+    """Whether what a hook of an optimizer derives from a parameter after every step is up to date.
+
+    The hook says so with :func:`followed_in_step`; a step of another optimizer that has the parameter outdates it.
+    """
+
+    __slots__ = ("owner",)
+
+    def __init__(self, owner: torch.Tensor) -> None:
+        super().__init__()
+        self.owner = owner
+        _watch(self)
+
+
+def followed_in_step(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """To be called by a hook after ``optimizer.step``, which has brought up to date what is derived from these parameters."""
+    optimizer.__dict__.setdefault(_FOLLOWED, set()).update(id(p) for p in parameters)
 
 
 class ResidentOperands(Operands):
@@ -103,24 +123,26 @@ class ResidentOperands(Operands):
             torch._dynamo.mark_static_address(tensor)
 
 
-_ALIVE: weakref.WeakSet[ResidentOperands] = weakref.WeakSet()
+_ALIVE: weakref.WeakSet[ResidentOperands | FollowedParameter] = weakref.WeakSet()
+_FOLLOWED = "_chts_followed_in_step"
 _HOOKED = False
 
 
-def _watch(operands: ResidentOperands) -> None:
+def _watch(item: ResidentOperands | FollowedParameter) -> None:
     global _HOOKED
-    _ALIVE.add(operands)
+    _ALIVE.add(item)
     if not _HOOKED:
         register_optimizer_step_post_hook(_outdate)
         _HOOKED = True
 
 
 def _outdate(optimizer: torch.optim.Optimizer, *_: object) -> None:
-    """Fused optimizers write parameters without counting. Those that do not follow with the operands have outdated them."""
+    """Fused optimizers write parameters without counting. Those that do not follow with what is derived have outdated it."""
+    followed = optimizer.__dict__.pop(_FOLLOWED, ())
     if not _ALIVE:
         return
     follows = getattr(optimizer, "follows_with_operands", lambda p: False)
-    written = {id(p) for group in optimizer.param_groups for p in group["params"] if not follows(p)}
-    for operands in list(_ALIVE):
-        if id(operands.owner) in written:
-            operands.invalidate()
+    written = {id(p) for group in optimizer.param_groups for p in group["params"] if not (follows(p) or id(p) in followed)}
+    for item in list(_ALIVE):
+        if id(item.owner) in written:
+            item.invalidate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from chts_kernels import Operands, SparseWeight, spmm, unpack
 from chts_kernels.freshness import Freshness
+from chts_kernels.ops.masked import MASK_OPERANDS_, MASKED_OUT_DECAY_
 from chts_kernels.ops.prune import prune_pack
 from chts_kernels.ops.spmm import compute_dtype
+from chts_kernels.resident import FollowedParameter, ResidentOperands
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -45,7 +48,8 @@ class STELinear(nn.Linear):
         n: links per group of four, 2 or 1.
         srste_lambda: SR-STE's decay of masked-out weights; 0 is plain STE.
 
-    The attribute ``impl`` chooses the implementation of the products as :func:`chts_kernels.spmm` has it; "auto" at first.
+    The attribute ``impl`` chooses the implementation of the products as :func:`chts_kernels.spmm` has it; "auto" at first. Masks of a
+    whole model can be found in one go after every optimizer step (:func:`chts_train.make_masks_resident_`).
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class STELinear(nn.Linear):
         Kept until the weight changes, so that micro-batches of one optimizer step search once. A compiled graph or a CUDA graph searches
         in every pass: it cannot tell whether the weight has changed.
         """
-        if torch.compiler.is_compiling() or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if self._is_recorded():
             return self._search()
         if self._masked is None or not self._freshness.holds((self.weight,), self.weight.dtype):
             with torch.inference_mode(False):  # a validation may be first to ask, and training next
@@ -102,6 +106,39 @@ class STELinear(nn.Linear):
     def _search(self) -> SparseWeight:
         ids, values, *_ = prune_pack(self.weight.detach(), self.n)
         return SparseWeight.view(ids, values, self.n, self._operands)
+
+    def _is_recorded(self) -> bool:
+        """Whether what runs now runs again later without Python."""
+        return torch.compiler.is_compiling() or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing())
+
+    @property
+    def resident_mask(self) -> torch.dtype | None:
+        """The dtype that this layer's resident mask is for (:func:`chts_train.make_masks_resident_`), or None."""
+        return None if self._resident is None else self._resident.dtype
+
+    @resident_mask.setter
+    def resident_mask(self, dtype: torch.dtype | None) -> None:
+        self._resident = self._resident_ids = self._resident_values = self._resident_of = None
+        if dtype is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                ids, values, *_ = prune_pack(self.weight.detach(), self.n)
+                self._resident_ids, self._resident_values = ids, values.to(dtype)
+                for tensor in (self._resident_ids, self._resident_values):  # the operands are so, too
+                    torch._dynamo.mark_static_address(tensor)
+                self._resident = ResidentOperands(self._resident_values, ids, self.n, dtype)
+                self._resident_of = FollowedParameter(self.weight)
+                self._resident_of.mark((self.weight,))
+
+    def _view_resident(self) -> SparseWeight:
+        return SparseWeight.view(self._resident_ids, self._resident_values, self.n, self._resident)
+
+    def _masked_in(self, dtype: torch.dtype | None) -> SparseWeight:
+        """Today's masked weight for products in ``dtype``; None: for its ids alone."""
+        if self._resident is None or dtype not in (None, self._resident_values.dtype):
+            return self.sparse_weight
+        if not self._is_recorded() and not self._resident_of.holds((self.weight,)):
+            refresh_resident([self])
+        return self._view_resident()
 
     @torch.no_grad()
     def mask(self) -> torch.Tensor:
@@ -118,7 +155,7 @@ class STELinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features], in the dtype of ``x`` or autocast's."""
         x = x.to(compute_dtype(x))
-        y = spmm(x, self.sparse_weight, self.bias, impl=self.impl)
+        y = spmm(x, self._masked_in(x.dtype), self.bias, impl=self.impl)
         if torch.is_grad_enabled() and self.weight.requires_grad:
             return _StraightThrough.apply(y, x, self.weight)
         return y
@@ -131,8 +168,23 @@ class STELinear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, n={self.n}, srste_lambda={self.srste_lambda:g}"
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> STELinear:
+        before = self.weight.device, self.weight.dtype
+        super()._apply(fn, recurse)
+        if self._resident is not None:
+            if (self.weight.device, self.weight.dtype) == before:
+                refresh_resident([self])
+            else:
+                self.resident_mask = None if self.weight.is_meta else self.resident_mask
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self._resident is not None:
+            refresh_resident([self])
+
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_masked", "_mask", "_operands", "_freshness")}
+        return {k: v for k, v in self.__dict__.items() if k not in _DERIVED and not k.startswith("_resident")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"impl": "auto", **state})
@@ -142,6 +194,33 @@ class STELinear(nn.Linear):
         self._masked: SparseWeight | None = None
         self._mask: torch.Tensor | None = None
         self._operands, self._freshness = Operands(), Freshness()
+        self._resident: ResidentOperands | None = None
+        self._resident_ids: torch.Tensor | None = None
+        self._resident_values: torch.Tensor | None = None
+        self._resident_of: FollowedParameter | None = None
+
+
+_DERIVED = ("_masked", "_mask", "_operands", "_freshness")
+
+
+def refresh_resident(layers: Iterable[STELinear]) -> None:
+    """Find the resident masks of these layers anew, in place and together; layers without one are passed over."""
+    kinds: dict[tuple[Any, ...], list[STELinear]] = {}
+    for layer in layers:
+        if layer._resident is not None:
+            kind = layer.n, layer.weight.device, layer.weight.dtype, layer._resident_values.dtype, layer.impl == "reference"
+            kinds.setdefault(kind, []).append(layer)
+    with torch.inference_mode(False), torch.no_grad():
+        for (n, *_, plain), some in kinds.items():
+            operands = [layer._resident for layer in some]
+            MASK_OPERANDS_(
+                [layer.weight.detach() for layer in some], n, [layer._resident_ids for layer in some],
+                [layer._resident_values for layer in some], [o.values for o in operands] if n == 1 else [], [o.meta for o in operands],
+                [o.values_t for o in operands], [o.meta_t for o in operands], impl="reference" if plain else "auto",
+            )  # fmt: skip
+            for layer in some:
+                layer._resident.mark(layer._resident_values, layer._resident_ids)
+                layer._resident_of.mark((layer.weight,))
 
 
 def dense_linear(layer: nn.Module, weight: torch.Tensor, requires_grad: bool) -> nn.Linear:
@@ -166,13 +245,13 @@ def attach_srste_decay(model: nn.Module, optimizer: torch.optim.Optimizer) -> Re
 
     @torch.no_grad()
     def add_decay(*_: Any) -> None:
-        by_decay: dict[float, list[STELinear]] = {}
+        kinds: dict[tuple[Any, ...], list[STELinear]] = {}
         for layer in layers:
             if layer.weight.grad is not None:
-                by_decay.setdefault(layer.srste_lambda, []).append(layer)
-        for decay, same in by_decay.items():  # a launch or two for all layers
+                kind = layer.n, layer.srste_lambda, layer.weight.device, layer.weight.dtype, layer.weight.grad.dtype
+                kinds.setdefault(kind, []).append(layer)
+        for (n, decay, *_), same in kinds.items():  # one launch
             weights = [layer.weight for layer in same]
-            masked_out = torch._foreach_sub(weights, [layer.sparse_weight.to_dense() for layer in same])
-            torch._foreach_add_([w.grad for w in weights], masked_out, alpha=decay)
+            MASKED_OUT_DECAY_([w.grad for w in weights], weights, [layer._masked_in(None).ids for layer in same], n, decay)
 
     return optimizer.register_step_pre_hook(add_decay)

@@ -34,6 +34,7 @@ from .extras import require
 from .forms import dense_states, load_dense_states_
 from .interrupt import GracefulStop
 from .linear import SparsityConfig, densify_, sparsify_
+from .masked import make_masks_resident_
 from .methods import attach_method, get_method
 from .metrics import METRICS, UPDATES, MetricsLog, update_summary
 from .optim import make_optimizer, make_scheduler
@@ -208,6 +209,8 @@ class Trainer:
             config.optimizer, self.model, resident_operands=torch.bfloat16 if resident else None,
             **_take(config, "lr", "betas", "eps", "weight_decay"),
         )  # fmt: skip
+        if resident and form == "ste":
+            make_masks_resident_(self.model, self.optimizer)
         self.scheduler = make_scheduler(self.optimizer, **_take(config, "total_steps", "warmup_steps", "min_lr_ratio"))
         self.evolver = None
         if form == self.method.kind:

@@ -7,7 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+import chts_kernels.format
+from chts_kernels.layout.metadata import ids_from_metadata
+from chts_kernels.ops import spmm as spmm_package
+from chts_kernels.ops.pack.reference import unpack
+from chts_kernels.ops.weight_grad import WEIGHT_GRAD
 from chts_train.configs import DataConfig, RunConfig, preset
 from chts_train.models import LlamaConfig
 from chts_train.settings import Settings
@@ -69,3 +75,38 @@ def micro_image(image_file):
 @pytest.fixture
 def quiet() -> Settings:
     return Settings(device="cpu", quiet=True, log_interval=2)
+
+
+def operand_reader(op, transposed: bool, packed: list):
+    """A kernel that sees the weight through its operands alone, as the sparse tensor cores do, and notes when it has to pack."""
+
+    def run(x, values, ids, n, *rest):
+        operand, meta = rest[-2:]
+        if operand is None:
+            packed.append(op.name)
+            all_four = spmm_package._packed(values, ids, n, x.dtype)
+            operand, meta = all_four[2:] if transposed else all_four[:2]
+        weight = unpack(operand, ids_from_metadata(meta, operand.shape[0], operand.shape[1] * 2, 2).to(torch.uint8), 2)
+        y = x @ weight.t()
+        return y if len(rest) == 2 or rest[0] is None else (y + rest[0]).to(x.dtype)
+
+    op.kernel("operand_reader", lambda *_: None)(run)
+
+
+@pytest.fixture
+def packed(monkeypatch):
+    """On the CPU what runs on a GPU: products that read derived operands only; the names of those that had to pack, and "pack"
+    for every packing inside of a graph."""
+    names: list[str] = []
+    for op in (spmm_package.SPMM, spmm_package.INPUT_GRAD, WEIGHT_GRAD):
+        monkeypatch.setattr(op, "kernels", list(op.kernels))
+        monkeypatch.setattr(op, "_chosen", {})
+    operand_reader(spmm_package.SPMM, False, names)
+    operand_reader(spmm_package.INPUT_GRAD, True, names)
+    WEIGHT_GRAD.kernel("operand_reader", lambda *_: None)(WEIGHT_GRAD.reference)
+    monkeypatch.setattr(spmm_package, "_reads_operands", lambda x, impl: impl == "operand_reader")
+    op = spmm_package.PACK_OPERANDS_
+    assert op is chts_kernels.format.PACK_OPERANDS_
+    reference = op.reference
+    monkeypatch.setattr(op, "reference", lambda *args: (names.append("pack"), reference(*args))[1])
+    return names

@@ -14,6 +14,7 @@ from chts_train import (
     attach_method,
     attach_srste_decay,
     get_method,
+    make_masks_resident_,
     sparse_layers,
     sparsify_,
 )
@@ -33,12 +34,16 @@ def test_ste_masks_forward_and_passes_gradients_to_all_weights(n):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("resident", [False, True])
 @pytest.mark.parametrize("n", [1, 2])
-def test_ste_passes_run_on_sparse_tensor_cores(n, compiled):
+def test_ste_passes_run_on_sparse_tensor_cores(n, resident, compiled):
     """bfloat16 autocast over a float32 weight, two weights one after the other: against the masked weight's dense products."""
     torch.manual_seed(n)
     layer = STELinear(512, 1024, n=n, device="cuda")
     layer.impl = "wgmma_sp" if torch.cuda.get_device_capability()[0] == 9 else "mma_sp"  # or an error
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.0)
+    if resident:
+        make_masks_resident_(layer, optimizer)
     run = torch.compile(layer, fullgraph=True) if compiled else layer
     for _ in range(2):
         layer.zero_grad()
@@ -56,6 +61,7 @@ def test_ste_passes_run_on_sparse_tensor_cores(n, compiled):
             assert (found.float() - wanted.float()).norm() <= 4e-3 * wanted.float().norm()
         with torch.no_grad():
             layer.weight.copy_(torch.randn_like(layer.weight) * 0.05)
+        optimizer.step()  # resident masks follow
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

@@ -8,37 +8,24 @@ The four rows of a block are loaded before anything of them is stored: the compi
 would wait for every row in turn. A program's pieces are 256 bytes of a row and 64 of a column of W: with 32 of a column an
 earlier kernel took 26 % longer.
 
-A program finds its layer in a table of pointers: columns of int64, the first of which, the number of each layer's first program, is
-searched by all threads at once. The addresses of gradients change from step to step and have a table of their own.
-
 Traffic per link with float32 masters and moments: 16 bytes read, 12 written, 2 for each operand, 1/8 of ids (n = 2).
 """
 
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict
-from dataclasses import dataclass, field
 
 import torch
 import triton
 import triton.language as tl
 
 from ... import rng_triton as noise
-from .._batch import BatchKernel, aligned, interpreted, on_device, table, triton_type
+from .._batch import BatchKernel, aligned, interpreted, on_device, triton_type
+from .._layers import BLOCK_COLUMNS, BLOCK_ROWS, FIRST_OWN, MOST_LAYERS, entry, layer_of, room, tables
 from ..pack.triton_pack import block_table, half_word, transposed_word
 
-STARTS, BLOCK_ROWS, BLOCK_COLUMNS, VALUES, EXP_AVG, EXP_AVG_SQ, IDS, STEP, LAYER, OPERAND, OPERAND_T = map(tl.constexpr, range(11))
-"""Columns of the table."""
-LEAST_LAYERS, MOST_LAYERS = 64, 512
-"""Layers that a table has room for; there is one kernel for each power of two."""
-NEVER = 1 << 62
-"""First program of a layer that is not there."""
-
-
-@triton.jit
-def entry(table_ptr, column: tl.constexpr, layer, LAYERS: tl.constexpr):
-    return tl.load(table_ptr + column * LAYERS + layer)
+VALUES, EXP_AVG, EXP_AVG_SQ, IDS, STEP, LAYER, OPERAND, OPERAND_T = map(tl.constexpr, range(FIRST_OWN, FIRST_OWN + 8))
+"""Columns of the table (:mod:`chts_kernels.ops._layers`); the addresses of gradients change from step to step."""
 
 
 @triton.jit
@@ -150,9 +137,7 @@ def adamw_kernel(
 ):  # fmt: skip
     COLUMNS: tl.constexpr = 2 // LINKS  # blocks side by side of a thread
     pid = tl.program_id(0)
-    starts = tl.load(table_ptr + STARTS * LAYERS + tl.arange(0, LAYERS))
-    b = tl.sum((starts <= pid).to(tl.int32), 0) - 1
-    program = pid - entry(table_ptr, STARTS, b, LAYERS).to(tl.int32)
+    b, program = layer_of(table_ptr, pid, LAYERS)
     block_rows = entry(table_ptr, BLOCK_ROWS, b, LAYERS).to(tl.int32)
     block_columns = entry(table_ptr, BLOCK_COLUMNS, b, LAYERS).to(tl.int32)
     p_ptr, g_ptr = entry(table_ptr, VALUES, b, LAYERS), tl.load(grads_ptr + b)
@@ -249,20 +234,6 @@ ADAMW = BatchKernel(
 )  # fmt: skip
 
 
-@dataclass
-class Tables:
-    """What a launch reads of its layers; ``pinned`` when a captured graph goes on reading it."""
-
-    fixed: torch.Tensor
-    grads: torch.Tensor | None = None
-    addresses: tuple[int, ...] = field(default=())
-    pinned: bool = False
-
-
-MOST_TABLES = 64
-_TABLES: OrderedDict[tuple, Tables] = OrderedDict()
-
-
 def lanes() -> tuple[int, int]:
     """(LANES_N, LANES_K) of a program, multiples of 4 and 8."""
     return (16, 16) if interpreted() else (8, 32)  # the interpreter pays per program, not per element
@@ -299,18 +270,17 @@ def _launch(
     width = 2 // n * lanes_k
     counts = [-(-i.shape[0] // (2 * lanes_n)) * -(-i.shape[1] // width) for i in ids]
     readable = [aligned(g) for g in grads]
-    tables = _tables(device, readable, [counts, ids, values, exp_avgs, exp_avg_sqs, ids, steps, layers, operands, operands_t])
-    dummy = tables[0]
-    types = {t.dtype for t in readable}
-    if len(types) > 1:
+    if len({t.dtype for t in readable}) > 1:
         readable = [g.to(values[0].dtype) for g in readable]
-        tables = _tables(device, readable, [counts, ids, values, exp_avgs, exp_avg_sqs, ids, steps, layers, operands, operands_t])
+    columns = values, exp_avgs, exp_avg_sqs, ids, steps, layers, operands, operands_t
+    found = tables(counts, ids, columns, readable)
+    dummy = found[0]
     compute = (operands_t or operands or values)[0].dtype
     ADAMW(
-        sum(counts), *tables, block_table(n, device), *(dummy if t is None else t for t in (lr_tensor, grad_scale, found_inf)),
+        sum(counts), *found, block_table(n, device), *(dummy if t is None else t for t in (lr_tensor, grad_scale, found_inf)),
         lr, _double_bits(beta1), _double_bits(beta2), 1 - beta1, beta2, 1 - beta2, eps, float(weight_decay), seed or 0,
         VALUE=triton_type(values[0].dtype), MOMENT=triton_type(exp_avgs[0].dtype), DTYPE=triton_type(compute),
-        GRAD=triton_type(readable[0].dtype), LINKS=n, LAYERS=_room(len(values)), HAS_OPERAND=bool(operands),
+        GRAD=triton_type(readable[0].dtype), LINKS=n, LAYERS=room(len(values)), HAS_OPERAND=bool(operands),
         HAS_OPERAND_T=bool(operands_t), LR_TENSOR=lr_tensor is not None, SCALED=grad_scale is not None, MAY_SKIP=found_inf is not None,
         MAXIMIZE=maximize, STOCHASTIC=seed is not None, VECTOR_N=vectors[0], VECTOR_K=vectors[1], LANES_N=lanes_n, LANES_K=lanes_k,
     )  # fmt: skip
@@ -322,44 +292,3 @@ def _launch(
 
 def _double_bits(x: float) -> int:
     return struct.unpack("<q", struct.pack("<d", x))[0]
-
-
-def _tables(device, grads, columns) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two tables of pointers, made anew only when an address changed."""
-    counts, shapes, *rest = columns
-    rest = [[t.data_ptr() if isinstance(t, torch.Tensor) else t for t in column] for column in rest]
-    addresses = tuple([g.data_ptr() for g in grads])
-    key = device, tuple(counts), tuple([i.shape for i in shapes]), *map(tuple, rest)
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    known = _TABLES.get(key)
-    if known is None:
-        known = Tables(_fixed(device, counts, shapes, rest))
-        if not capturing:  # what a capture writes is written when the graph runs, not now
-            _TABLES[key] = known
-            while len(_TABLES) > MOST_TABLES:
-                oldest = next((k for k, t in _TABLES.items() if not t.pinned), None)
-                if oldest is None:
-                    break
-                del _TABLES[oldest]
-    else:
-        _TABLES.move_to_end(key)
-    if capturing:
-        known.pinned = True
-        return known.fixed, table([addresses], device)
-    if known.addresses != addresses:
-        known.grads, known.addresses = table([addresses], device), addresses
-    return known.fixed, known.grads
-
-
-def _room(layers: int) -> int:
-    return max(LEAST_LAYERS, triton.next_power_of_2(layers))
-
-
-def _fixed(device, counts, shapes, rest) -> torch.Tensor:
-    size = _room(len(counts))
-    starts = [sum(counts[:i]) for i in range(len(counts))]
-    sizes = [[i.shape[0] for i in shapes], [i.shape[1] for i in shapes]]
-    rows = [starts + [NEVER] * (size - len(starts))]
-    rows += [[*column, *[0] * (size - len(column))] for column in (*sizes, *rest)]
-    return table(rows, device)
-

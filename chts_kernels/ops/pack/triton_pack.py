@@ -218,13 +218,13 @@ def store_transposed(operand_t_ptr, words, facts, tile_n, tile_k, block_rows, co
 
 
 @triton.jit
-def pack_operands_kernel(values_ptr, ids_ptr, table_ptr, operand_ptr, meta_ptr, operand_t_ptr, meta_t_ptr,
-                         block_rows, block_columns, programs_k,
-                         LINKS: tl.constexpr, HAS_OPERAND: tl.constexpr, VECTOR_N: tl.constexpr, VECTOR_K: tl.constexpr,
-                         LANES_N: tl.constexpr, LANES_K: tl.constexpr):  # fmt: skip
+def pack_tiles(values_ptr, ids_ptr, table_ptr, operand_ptr, meta_ptr, operand_t_ptr, meta_t_ptr,
+               program, block_rows, block_columns, programs_k,
+               LINKS: tl.constexpr, HAS_OPERAND: tl.constexpr, VECTOR_N: tl.constexpr, VECTOR_K: tl.constexpr,
+               LANES_N: tl.constexpr, LANES_K: tl.constexpr):  # fmt: skip
+    """The part of a packing that is program number ``program``'s; VECTOR_N, VECTOR_K: block_rows (block_columns) is a multiple of 4."""
     DTYPE: tl.constexpr = operand_t_ptr.dtype.element_ty
     CONVERT: tl.constexpr = values_ptr.dtype.element_ty != DTYPE
-    program = tl.program_id(0)
     lane = tl.arange(0, LANES_N * LANES_K)
     tile_n = program // programs_k * LANES_N + lane // LANES_K
     tile_k = program % programs_k * LANES_K + lane % LANES_K
@@ -260,6 +260,15 @@ def pack_operands_kernel(values_ptr, ids_ptr, table_ptr, operand_ptr, meta_ptr, 
     store_transposed(operand_t_ptr, words, facts, tile_n, tile_k, block_rows, count_n, count_k, LINKS, VECTOR_N)
     store_metadata(meta_ptr, facts, tile_n, tile_k, block_rows, block_columns, False)
     store_metadata(meta_t_ptr, facts, tile_k, tile_n, block_columns, block_rows, True)
+
+
+@triton.jit
+def pack_operands_kernel(values_ptr, ids_ptr, table_ptr, operand_ptr, meta_ptr, operand_t_ptr, meta_t_ptr,
+                         block_rows, block_columns, programs_k,
+                         LINKS: tl.constexpr, HAS_OPERAND: tl.constexpr, VECTOR_N: tl.constexpr, VECTOR_K: tl.constexpr,
+                         LANES_N: tl.constexpr, LANES_K: tl.constexpr):  # fmt: skip
+    pack_tiles(values_ptr, ids_ptr, table_ptr, operand_ptr, meta_ptr, operand_t_ptr, meta_t_ptr,
+               tl.program_id(0), block_rows, block_columns, programs_k, LINKS, HAS_OPERAND, VECTOR_N, VECTOR_K, LANES_N, LANES_K)
 
 
 PACK_OPERANDS = _triton.TritonKernel(pack_operands_kernel)
