@@ -119,6 +119,7 @@ class STELinear(nn.Linear):
     @resident_mask.setter
     def resident_mask(self, dtype: torch.dtype | None) -> None:
         self._resident = self._resident_ids = self._resident_values = self._resident_of = None
+        self._resident_peers = [self]
         if dtype is not None:
             with torch.inference_mode(False), torch.no_grad():
                 ids, values, *_ = prune_pack(self.weight.detach(), self.n)
@@ -129,16 +130,16 @@ class STELinear(nn.Linear):
                 self._resident_of = FollowedParameter(self.weight)
                 self._resident_of.mark((self.weight,))
 
-    def _view_resident(self) -> SparseWeight:
-        return SparseWeight.view(self._resident_ids, self._resident_values, self.n, self._resident)
-
     def _masked_in(self, dtype: torch.dtype | None) -> SparseWeight:
         """Today's masked weight for products in ``dtype``; None: for its ids alone."""
         if self._resident is None or dtype not in (None, self._resident_values.dtype):
             return self.sparse_weight
-        if not self._is_recorded() and not self._resident_of.holds((self.weight,)):
-            refresh_resident([self])
-        return self._view_resident()
+        if not self._is_recorded() and not self._resident_holds():
+            refresh_resident([layer for layer in self._resident_peers if not layer._resident_holds()])
+        return SparseWeight.view(self._resident_ids, self._resident_values, self.n, self._resident)
+
+    def _resident_holds(self) -> bool:
+        return self._resident is None or self._resident_of.holds((self.weight,))
 
     @torch.no_grad()
     def mask(self) -> torch.Tensor:
@@ -198,6 +199,7 @@ class STELinear(nn.Linear):
         self._resident_ids: torch.Tensor | None = None
         self._resident_values: torch.Tensor | None = None
         self._resident_of: FollowedParameter | None = None
+        self._resident_peers: list[STELinear] = []  # with it: who finds one mask out of date finds the others so, too
 
 
 _DERIVED = ("_masked", "_mask", "_operands", "_freshness")

@@ -54,12 +54,14 @@ def make_masks_resident_(model: nn.Module, optimizer: torch.optim.Optimizer, dty
             raise ValueError(f"{name}.weight: must be whole and on its device to have a resident mask, got one on {where}")
     if any(layer.weight.is_cuda for layer in layers.values()) and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("model: must get resident masks outside of CUDA graph captures, got one under way")
-    for layer in layers.values():
+    peers = list(layers.values())
+    for layer in peers:
         layer.resident_mask = dtype
+        layer._resident_peers = peers
 
     def follow(optimizer: torch.optim.Optimizer, *_: object) -> None:
-        refresh_resident(layers.values())
-        followed_in_step(optimizer, [layer.weight for layer in layers.values()])
+        refresh_resident(peers)
+        followed_in_step(optimizer, [layer.weight for layer in peers])
 
     return optimizer.register_step_post_hook(follow)
 
