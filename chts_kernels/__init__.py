@@ -6,6 +6,7 @@ from .format import Operands, SparseWeight, random_ids
 from .moves import choose_moves
 from .ops.adamw import adamw_
 from .ops.carry_over import carry_over_
+from .ops.masked import mask_operands_, masked_out_decay_
 from .ops.pack import pack, pack_operands_, unpack
 from .ops.prune import prune
 from .ops.regrow import regrow
@@ -30,6 +31,8 @@ __all__ = [
     "evolve",
     "evolve_many",
     "input_grad",
+    "mask_operands_",
+    "masked_out_decay_",
     "pack",
     "pack_operands_",
     "pattern_table",

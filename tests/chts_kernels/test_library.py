@@ -49,6 +49,10 @@ def samples(n: int) -> dict[str, list[tuple]]:
             (None, survivors, n, "random", 1, 2, 3),
         ],
         "adamw_": [adamw_arguments(w, moments, operands), adamw_arguments(w, [m.bfloat16() for m in moments], None)],
+        "mask_operands_": [masked_arguments(dense, n, torch.bfloat16), masked_arguments(dense.t(), n, torch.float16)],
+        "masked_out_decay_": [
+            ([random_tensor((8, 12))], [dense], [w.ids], n, 0.5), ([random_tensor((12, 8))], [dense.t()], [w.T.ids], n, 0.0),
+        ],
         "carry_over_": [(moments, w.ids, random_ids(8, 12, n, seed=9), n)],
     }
 
@@ -59,6 +63,13 @@ def adamw_arguments(w: SparseWeight, moments: list[torch.Tensor], operands: list
     low = moments[0].dtype == torch.bfloat16
     rate, scale, found_inf = (torch.tensor(v) if low else None for v in (0.1, 2.0, 0.0))
     return *tensors, w.n, *written, [3], rate, 0.1, 0.9, 0.99, 1e-8, 0.1, False, scale, found_inf, 7 if low else None
+
+
+def masked_arguments(dense: torch.Tensor, n: int, dtype: torch.dtype) -> tuple:
+    rows, columns = dense.shape
+    operand, *rest = (torch.zeros_like(t) for t in empty_operands(rows, columns, dtype, dense.device))
+    ids, values = torch.zeros(rows // 4, columns // 4, dtype=torch.uint8), torch.zeros(rows, columns * n // 4, dtype=dtype)
+    return [dense], n, [ids], [values], [operand] if n == 1 else [], *([t] for t in rest)
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
