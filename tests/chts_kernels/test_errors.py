@@ -346,6 +346,7 @@ def test_every_public_function_is_covered() -> None:
         "Mvue24",  # test_weight_grad_mvue
         "weight_grad_mvue",  # test_weight_grad_mvue
         "adamw_",  # test_adamw
+        "mask_operands_", "masked_out_decay_",  # test_masked
         "choose_moves",  # test_moves
         "capability_report",  # takes no argument
         "Evolution", "Operands", "PatternTable",  # made by the package
