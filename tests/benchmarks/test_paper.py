@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.paper import arms, flops, report, schedule
+from benchmarks.paper import arms, figures, flops, report, schedule
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.protocol import (
     LAMBDAS,
@@ -413,3 +413,27 @@ def test_a_worker_that_fails_is_quoted(call, tmp_path: Path, capsys) -> None:
     broken.write_text("a file where the run folders should be")
     assert call("--table", "1", "--arms", "dense", "--jobs", "1", "--minutes", "1") == 1
     assert "llama/dense/s0: exit status 1: " in capsys.readouterr().err
+
+
+def test_lines_of_a_figure(tmp_path: Path) -> None:
+    def row(method: str, seed: int, losses: list[float], n: int | None = 2, **more) -> dict:
+        curve = [[100 * (i + 1), loss] for i, loss in enumerate(losses)]
+        return {"group": "llama", "method": method, "arm": method, "seed": seed, "n": n, "srste_lambda": None,
+                "key": f"llama/{method}/s{seed}{more}", "curves": {"val_loss": curve}} | more  # fmt: skip
+
+    rows = [
+        row("dense", 0, [4.0, 3.0], None), row("dense", 1, [4.5, 3.5], None), row("static", 0, [4.25, 3.5]), row("static", 1, [4.25, 3.25]),
+        row("static", 2, [9.0, 9.0]), row("static14", 0, [5.0, 4.0], 1),
+    ]  # fmt: skip
+    both = figures.Panel("val_loss", "", n=2, minus_dense=True)
+    assert figures._lines(rows, both) == {("static", 2): [{100: 0.25, 200: 0.5}, {100: -0.25, 200: -0.25}]}  # seed 2 has no dense arm
+    assert figures._lines(rows, figures.Panel("val_loss", "", n=1)).keys() == {("dense", None), ("static14", 1)}
+    assert figures._lines(rows, figures.Panel("turnover", "")) == {}
+
+    rows.append(row("static", 0, [1.0, 1.0], changes={"interval": 50}, arm="static+interval=50"))
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "_draw", lambda axes, lines, families, panel: drawn.append((panel.title, sorted(arm for arm, _ in lines))))
+        Paper(path_of(tmp_path, 1, "reduced"), 1, {"groups": {}}, {}, rows).save()
+        [written] = figures.draw(tmp_path, "reduced", [2, 3])
+    assert written.name == "figure2.png" and [arms for _, arms in drawn] == [["static"], ["static14"]]  # not one with changes
