@@ -78,9 +78,10 @@ def mask_operands_(
     *,
     impl: str = "auto",
 ) -> None:
-    """Of many dense weights, the best patterns and the operands of the weights masked to them, in place: two launches for all layers.
+    """Of many dense weights, the best patterns and the operands of the weights masked to them, in place.
 
-    Patterns are those of :func:`chts_kernels.prune` (score "abs"), operands those of :func:`chts_kernels.pack_operands_`.
+    Two launches, and one for every further kind of size: sizes are multiples of 16 or not, each way. Patterns are those of
+    :func:`chts_kernels.prune` (score "abs"), operands those of :func:`chts_kernels.pack_operands_`.
 
     Args:
         weights: [N, K] each, float32, bfloat16, float16 or float64.
