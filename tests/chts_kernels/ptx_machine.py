@@ -1,9 +1,9 @@
 """A PTX machine on the CPU: all threads of one block in lockstep, numpy over threads. For tests of kernels where there is no device.
 
-It knows what the Ampere-class kernels consist of: integer arithmetic, branches that all threads take alike, cp.async, ldmatrix, movmatrix,
-shuffles, mma.sync m16n8k16 and mma.sp m16n8k32 with 16-bit operands. What it looks for, besides results: reads and writes outside of what
-was allocated, fragments read before their copy was waited for (`late` copies) or after a later one overwrote them (early ones), and bank
-conflicts of ldmatrix and of 16-byte copies.
+It knows what the Ampere-class kernels and the elementwise ones consist of: integer and float32 arithmetic, branches that all threads take
+alike, cp.async, ldmatrix, movmatrix, shuffles, mma.sync m16n8k16 and mma.sp m16n8k32 with 16-bit operands. What it looks for, besides
+results: reads and writes outside of what was allocated or off the boundary that vectors need, fragments read before their copy was waited
+for (`late` copies) or after a later one overwrote them (early ones), and bank conflicts of ldmatrix and of 16-byte copies.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ class Machine:
             return found
         if text.startswith("0f"):
             return np.full(self.threads, int(text[2:], 16), np.int64)
-        return np.full(self.threads, int(text, 0), np.int64)
+        number = int(text, 0)
+        return np.full(self.threads, number - (1 << 64) if number >> 63 == 1 else number, np.int64)
 
     def address(self, text: str):
         base, _, offset = text[1:-1].partition("+")
@@ -133,19 +134,21 @@ class Machine:
     def execute(self, operation: str, a: list, mask) -> None:
         parts = operation.split(".")
         kind = parts[0]
+        if parts[-1] == "f32" and kind in ("add", "sub", "mul", "min", "max"):
+            self.do_float(kind, a, mask)
+            return
         handler = getattr(self, f"do_{kind}", None)
         if handler is not None:
             handler(operation, parts, a, mask)
             return
         wide = parts[-1] in ("s64", "u64", "b64")
-        signed = parts[-1] in ("s32", "s64")
+        signed, unsigned = parts[-1] in ("s32", "s64"), parts[-1] == "u64"
         values = [self.value(x) for x in a[1:]]
         if not wide and kind not in ("selp",) and parts[-1] != "pred":
             values = [s32(v) if signed else v & M32 for v in values]
         if "wide" in parts:
             values = [s32(v) if signed else v & M32 for v in values[:2]] + [self.value(x) for x in a[3:]]
         result = {
-            "mov": lambda: values[0],
             "add": lambda: values[0] + values[1],
             "sub": lambda: values[0] - values[1],
             "mul": lambda: values[0] * values[1],
@@ -155,7 +158,7 @@ class Machine:
             "xor": lambda: values[0] ^ values[1],
             "not": lambda: ~values[0],
             "shl": lambda: values[0] << values[1],
-            "shr": lambda: values[0] >> values[1],
+            "shr": lambda: (values[0].view(np.uint64) >> values[1].view(np.uint64)).view(np.int64) if unsigned else values[0] >> values[1],
             "min": lambda: np.minimum(values[0], values[1]),
             "max": lambda: np.maximum(values[0], values[1]),
             "div": lambda: np.trunc(values[0] / values[1]).astype(np.int64),
@@ -164,31 +167,56 @@ class Machine:
             "selp": lambda: np.where(values[2].astype(bool), values[0], values[1]),
             "bfe": lambda: values[0] >> values[1] & (1 << values[2]) - 1,
         }[kind]()
+        if kind == "bfe" and signed:
+            sign = 1 << values[2] - 1
+            result = (result ^ sign) - sign
+        if parts[-1].endswith("16"):
+            result = result & 0xFFFF
         if parts[-1] != "pred" and not wide and "wide" not in parts:
             result = result & M32
         elif parts[-1] == "pred":
             result = result.astype(bool)
         self.set(a[0], result, mask)
 
+    def do_mov(self, operation, parts, a, mask):
+        """Also a register of two, or of its two halves."""
+        if isinstance(a[0], list):
+            half = int(parts[-1][1:]) // 2
+            whole = self.value(a[1])
+            for i, name in enumerate(a[0]):
+                self.set(name, whole >> half * i & (1 << half) - 1, mask)
+        elif isinstance(a[1], list):
+            half = int(parts[-1][1:]) // 2
+            low, high = (self.value(name) & (1 << half) - 1 for name in a[1])
+            self.set(a[0], low | high << half, mask)
+        else:
+            self.set(a[0], self.value(a[1]), mask)
+
     def do_setp(self, operation, parts, a, mask):
         left, right = (self.value(x) for x in a[1:3])
-        if parts[-1] == "s32":
+        if parts[-1] == "f32":
+            left, right = f32(left), f32(right)
+        elif parts[-1] == "s32":
             left, right = s32(left), s32(right)
         elif parts[-1] in ("u32", "b32"):
             left, right = left & M32, right & M32
         result = {"gt": left > right, "lt": left < right, "ge": left >= right, "le": left <= right, "eq": left == right,
-                  "ne": left != right}[parts[1]]  # fmt: skip
+                  "ne": left != right, "neu": left != right}[parts[1]]  # fmt: skip
         if "and" in parts:
             result = result & self.registers[a[3]].astype(bool)
         self.set(a[0], result, mask)
 
-    def do_add(self, operation, parts, a, mask):
-        if parts[-1] == "f32":
-            self.set(a[0], bits(f32(self.value(a[1])) + f32(self.value(a[2]))), mask)
-            return
-        wide = parts[-1] in ("s64", "u64")
-        total = self.value(a[1]) + self.value(a[2])
-        self.set(a[0], total if wide else total & M32, mask)
+    def do_float(self, kind, a, mask):
+        left, right = (f32(self.value(x)) for x in a[1:3])
+        with np.errstate(invalid="ignore", over="ignore"):
+            # The smaller (larger) of a number and a NaN is the number.
+            result = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "min": np.fmin, "max": np.fmax}[kind](left, right)
+        self.set(a[0], bits(result), mask)
+
+    def do_redux(self, operation, parts, a, mask):
+        assert operation == "redux.sync.add.s32" and mask.all(), operation
+        total = s32(self.value(a[1])).reshape(-1, 32).sum(1)
+        self.set(a[0], np.repeat(total, 32) & M32, mask)
 
     def do_cvt(self, operation, parts, a, mask):
         if parts[1] == "rn" and parts[2] in ("bf16x2", "f16x2"):
@@ -228,10 +256,11 @@ class Machine:
         names = a[0] if isinstance(a[0], list) else [a[0]]
         where = self.address(a[1])
         words = np.zeros((len(names), self.threads), np.int64)
+        assert not (where[mask] % (size * len(names))).any(), f"off its boundary: {operation}"
         for t in np.flatnonzero(mask):
             data = self.bytes(parts[1], int(where[t]), size * len(names))
             for i in range(len(names)):
-                words[i, t] = int.from_bytes(data[i * size : (i + 1) * size].tobytes(), "little")
+                words[i, t] = int.from_bytes(data[i * size : (i + 1) * size].tobytes(), "little", signed=size == 8)
         for i, name in enumerate(names):
             self.set(name, words[i], mask)
 
@@ -239,8 +268,9 @@ class Machine:
         size = int(parts[-1][1:]) // 8
         names = a[1] if isinstance(a[1], list) else [a[1]]
         where, values = self.address(a[0]), [self.value(name) for name in names]
+        assert not (where[mask] % (size * len(names))).any(), f"off its boundary: {operation}"
         for t in np.flatnonzero(mask):
-            data = b"".join(int(v[t] & (1 << 8 * size) - 1).to_bytes(size, "little") for v in values)
+            data = b"".join((int(v[t]) & (1 << 8 * size) - 1).to_bytes(size, "little") for v in values)
             self.bytes(parts[1], int(where[t]), len(data))[:] = np.frombuffer(data, np.uint8)
         if parts[1] == "shared" and size == 4 and mask.all():
             self.check_banks(where, 32, 4, operation)

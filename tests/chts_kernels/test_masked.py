@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from chts_kernels import pack, pack_operands_, prune, testing, unpack
 from chts_kernels.ops import _triton
 from chts_kernels.ops.masked import MASK_OPERANDS_, MASKED_OUT_DECAY_, mask_operands_, masked_out_decay_
 from chts_kernels.ops.pack import empty_operands
+from tests.chts_kernels.ptx_machine import Machine, Memory
 
 triton = pytest.importorskip("triton")
 tl = triton.language
@@ -260,6 +262,70 @@ def test_kernels_compile_without_spills_and_move_vectors(name, n, capability):
         "decay": {"ld.global.v4.b32": 8, "st.global.v4.b32": 4},
     }[name]
     assert {kind: found[kind] for kind in expected} == expected, found
+
+
+class Executed:
+    """Compiled kernels in a machine for PTX on the CPU: every access has to be inside of a tensor and on the boundary of its vector."""
+
+    def __init__(self, n: int, capability: tuple[int, int]) -> None:
+        from chts_kernels.ops.pack.triton_pack import block_table
+
+        self.n, self.capability, self.memory = n, capability, Memory()
+        self.patterns = self.memory.put(block_table(n, torch.device("cpu")).numpy())
+
+    def put(self, tensors) -> list[int]:
+        return [self.memory.put(t.detach().contiguous().view(torch.uint8).numpy()) for t in tensors]
+
+    def get(self, addresses, like) -> list[torch.Tensor]:
+        found = [self.memory.find(at, t.nbytes) for at, t in zip(addresses, like, strict=True)]
+        return [torch.from_numpy(data.copy()).view(t.dtype).view(t.shape) for data, t in zip(found, like, strict=True)]
+
+    def run(self, name, ids, counts, columns, *, vectors=(True, True), moving=(), decay=None) -> None:
+        from chts_kernels.ops._layers import NEVER
+
+        made, size = compiled(name, self.n, self.capability, vectors), 64
+        rows = [[sum(counts[:i]) for i in range(len(counts))] + [NEVER] * (size - len(counts))]
+        own = [[i.shape[way] for i in ids] for way in (0, 1)]
+        rows += [[*column, *[0] * (size - len(column))] for column in (*own, *columns)]
+        parameters = [self.memory.put(np.array(rows, np.int64))]
+        parameters += [self.memory.put(np.array(moving, np.int64))] if moving else []
+        parameters += [self.patterns, *([] if decay is None else [int(np.float32(decay).view(np.uint32))])]
+        machine = Machine(made.asm["ptx"], f"{name}_kernel", made.metadata.shared, late=False)
+        for block in range(sum(counts)):
+            machine.run(self.memory, parameters, block, sum(counts))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
+@pytest.mark.parametrize(("n", "capability"), [(2, (9, 0)), (1, (9, 0)), (2, (8, 0))], ids=str)
+def test_compiled_code_computes_what_the_reference_does(n, capability):
+    from chts_kernels.ops.masked.triton_masked import _programs
+    from chts_kernels.ops.pack import triton_pack
+
+    shapes = [(64, 48), (12, 80), (20, 12)]  # of the packing, a kernel each
+    expected = Layers(n, compute=BF16, shapes=shapes)
+    for w in expected.weights:  # what a NaN is rounded to is not the same on a CPU
+        w.nan_to_num_(0.5, torch.inf, -torch.inf)
+    expected.run("reference")
+    ids, values, operands, metas, operands_t, metas_t = expected.lists()
+    machine = Executed(n, capability)
+    weights = machine.put(expected.weights)
+    places = [machine.put([torch.zeros_like(t) for t in some]) for some in (ids, values, operands, metas, operands_t, metas_t)]
+    machine.run("search", ids, [_programs(i) for i in ids], (places[0], weights, places[1]))
+    for layer, of_layer in enumerate(ids):
+        programs, along_k = triton_pack.tiling(*of_layer.shape, *triton_pack.lanes())
+        at_ids, at_values, *rest = ([place[layer]] if place else [] for place in places)
+        vectors = of_layer.shape[0] % 4 == 0, of_layer.shape[1] % 4 == 0
+        machine.run("pack", [of_layer], [programs], (at_ids, [], at_values, [along_k], *rest), vectors=vectors)
+    for place, some in zip(places, expected.lists(), strict=True):
+        for got, wanted in zip(machine.get(place, some), some, strict=True):
+            testing.assert_bitwise_equal(got, wanted)
+
+    grads = [testing.random_tensor(s, FP32, seed=7 + i) for i, s in enumerate(shapes)]
+    at_grads = machine.put(grads)
+    machine.run("decay", ids, [_programs(i) for i in ids], (places[0], weights), moving=at_grads, decay=0.3)
+    masked_out_decay_(grads, expected.weights, ids, n, 0.3, impl="reference")
+    for got, wanted in zip(machine.get(at_grads, grads), grads, strict=True):
+        testing.assert_bitwise_equal(got, wanted)
 
 
 def test_the_kernels_say_why_they_cannot_run():
