@@ -118,25 +118,24 @@ class STELinear(nn.Linear):
 
     @resident_mask.setter
     def resident_mask(self, dtype: torch.dtype | None) -> None:
-        self._resident = self._resident_ids = self._resident_values = self._resident_of = None
-        self._resident_peers = [self]
+        self._resident, self._resident_of, self._resident_peers = None, None, []
         if dtype is not None:
             with torch.inference_mode(False), torch.no_grad():
                 ids, values, *_ = prune_pack(self.weight.detach(), self.n)
-                self._resident_ids, self._resident_values = ids, values.to(dtype)
-                for tensor in (self._resident_ids, self._resident_values):  # the operands are so, too
+                values = values.to(dtype)
+                for tensor in (ids, values):  # the operands are so, too
                     torch._dynamo.mark_static_address(tensor)
-                self._resident = ResidentOperands(self._resident_values, ids, self.n, dtype)
-                self._resident_of = FollowedParameter(self.weight)
+                self._resident = SparseWeight.view(ids, values, self.n, ResidentOperands(values, ids, self.n, dtype))
+                self._resident_of, self._resident_peers = FollowedParameter(self.weight), [self]
                 self._resident_of.mark((self.weight,))
 
     def _masked_in(self, dtype: torch.dtype | None) -> SparseWeight:
         """Today's masked weight for products in ``dtype``; None: for its ids alone."""
-        if self._resident is None or dtype not in (None, self._resident_values.dtype):
+        if self._resident is None or dtype not in (None, self._resident.dtype):
             return self.sparse_weight
         if not self._is_recorded() and not self._resident_holds():
             refresh_resident([layer for layer in self._resident_peers if not layer._resident_holds()])
-        return SparseWeight.view(self._resident_ids, self._resident_values, self.n, self._resident)
+        return self._resident
 
     def _resident_holds(self) -> bool:
         return self._resident is None or self._resident_of.holds((self.weight,))
@@ -185,7 +184,7 @@ class STELinear(nn.Linear):
             refresh_resident([self])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in _DERIVED and not k.startswith("_resident")}
+        return {k: v for k, v in self.__dict__.items() if k not in _DERIVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"impl": "auto", **state})
@@ -195,14 +194,12 @@ class STELinear(nn.Linear):
         self._masked: SparseWeight | None = None
         self._mask: torch.Tensor | None = None
         self._operands, self._freshness = Operands(), Freshness()
-        self._resident: ResidentOperands | None = None
-        self._resident_ids: torch.Tensor | None = None
-        self._resident_values: torch.Tensor | None = None
+        self._resident: SparseWeight | None = None
         self._resident_of: FollowedParameter | None = None
         self._resident_peers: list[STELinear] = []  # with it: who finds one mask out of date finds the others so, too
 
 
-_DERIVED = ("_masked", "_mask", "_operands", "_freshness")
+_DERIVED = ("_masked", "_mask", "_operands", "_freshness", "_resident", "_resident_of", "_resident_peers")
 
 
 def refresh_resident(layers: Iterable[STELinear]) -> None:
@@ -210,18 +207,19 @@ def refresh_resident(layers: Iterable[STELinear]) -> None:
     kinds: dict[tuple[Any, ...], list[STELinear]] = {}
     for layer in layers:
         if layer._resident is not None:
-            kind = layer.n, layer.weight.device, layer.weight.dtype, layer._resident_values.dtype, layer.impl == "reference"
+            kind = layer.n, layer.weight.device, layer.weight.dtype, layer._resident.dtype, layer.impl == "reference"
             kinds.setdefault(kind, []).append(layer)
     with torch.inference_mode(False), torch.no_grad():
         for (n, *_, plain), some in kinds.items():
-            operands = [layer._resident for layer in some]
+            masked = [layer._resident for layer in some]
+            operands = [weight._operands for weight in masked]
             MASK_OPERANDS_(
-                [layer.weight.detach() for layer in some], n, [layer._resident_ids for layer in some],
-                [layer._resident_values for layer in some], [o.values for o in operands] if n == 1 else [], [o.meta for o in operands],
-                [o.values_t for o in operands], [o.meta_t for o in operands], impl="reference" if plain else "auto",
+                [layer.weight.detach() for layer in some], n, [w.ids for w in masked], [w.values for w in masked],
+                [o.values for o in operands] if n == 1 else [], [o.meta for o in operands], [o.values_t for o in operands],
+                [o.meta_t for o in operands], impl="reference" if plain else "auto",
             )  # fmt: skip
             for layer in some:
-                layer._resident.mark(layer._resident_values, layer._resident_ids)
+                layer._resident._operands.mark(layer._resident.values, layer._resident.ids)
                 layer._resident_of.mark((layer.weight,))
 
 

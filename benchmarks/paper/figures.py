@@ -56,17 +56,15 @@ def draw(folder: Path, scale: str, numbers: Sequence[int]) -> list[Path]:
         if not source.exists():
             continue
         rows = [row for row in chosen(Paper.load(source).rows) if row["group"] == "llama" and not row.get("changes")]
-        panels = [panel for panel in PANELS[number] if _lines(rows, panel)]
+        panels = {panel: lines for panel in PANELS[number] if (lines := _lines(rows, panel))}
         if not panels:
             continue
         families = list(dict.fromkeys(_family(row["arm"]) for row in rows))  # of all panels: a method keeps its colour
-        columns = min(2, len(panels))
-        lines = -(-len(panels) // columns)
-        figure = require("matplotlib.figure", "plotting").Figure(figsize=(7.2 * columns, 4.2 * lines), layout="constrained")
-        for axes, panel in zip(figure.subplots(lines, columns, squeeze=False).flat, panels, strict=False):
-            _draw(axes, _lines(rows, panel), families, panel)
-        for axes in list(figure.axes)[len(panels) :]:
-            axes.remove()
+        across = min(2, len(panels))
+        down = -(-len(panels) // across)
+        figure = require("matplotlib.figure", "plotting").Figure(figsize=(7.2 * across, 4.2 * down), layout="constrained")
+        for place, (panel, lines) in enumerate(panels.items(), 1):
+            _draw(figure.add_subplot(down, across, place), lines, families, panel)
         written.append(source.with_name(source.name.replace(f"table{FIGURES[number]}", f"figure{number}")).with_suffix(".png"))
         figure.savefig(written[-1], dpi=110, metadata={"Software": None})
     return written

@@ -9,13 +9,14 @@ import contextlib
 import functools
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from .. import check, cuda_driver
+from ._triton import READABLE
 
 SLOTS = 16
 """Table entries written by one launch."""
@@ -66,6 +67,24 @@ def why_not(*tensors: torch.Tensor | None) -> str | None:
         import triton  # noqa: F401
     except ImportError:
         return "Triton is not installed"
+    return None
+
+
+def why_not_mixed(lists: Mapping[str, Sequence[torch.Tensor]]) -> str | None:
+    """The reason why a kernel of one dtype per list cannot take these, or None."""
+    for name, tensors in lists.items():
+        dtypes = {t.dtype for t in tensors}
+        if len(dtypes) > 1 or not dtypes <= set(READABLE):
+            return f"it takes {name} all float32, all bfloat16 or all float16, got {sorted(map(str, dtypes))}"
+    return None
+
+
+def why_not_where_they_are(lists: Mapping[str, Sequence[torch.Tensor]]) -> str | None:
+    """The reason why a kernel cannot use these in place, or None."""
+    for name, tensors in lists.items():
+        for index, t in enumerate(tensors):
+            if not (t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0):
+                return f"{name}[{index}] must be contiguous and start on a {ALIGNMENT}-byte boundary"
     return None
 
 

@@ -7,10 +7,7 @@ looks at that variable when a kernel is declared, and ``cuda`` cases where there
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -70,11 +67,8 @@ def assert_all_equal(actual, expected):
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
 @pytest.mark.timeout(600)
-def test_under_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpu", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def test_under_the_interpreter(interpreted):
+    assert interpreted.returncode == 0, interpreted.stdout[-6000:] + interpreted.stderr[-2000:]
 
 
 def test_kernels_are_registered_and_explain_themselves():

@@ -110,3 +110,18 @@ def packed(monkeypatch):
     reference = op.reference
     monkeypatch.setattr(op, "reference", lambda *args: (names.append("pack"), reference(*args))[1])
     return names
+
+
+@pytest.fixture
+def recorder():
+    """A backend of torch.compile, and the nodes of the graphs, forward and backward, that it got."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    nodes: list[torch.fx.Node] = []
+
+    def record(module, _):
+        nodes.extend(module.graph.nodes)
+        return make_boxed_func(module.forward)
+
+    return aot_autograd(fw_compiler=record, bw_compiler=record), nodes

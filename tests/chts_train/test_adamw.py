@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -156,11 +153,8 @@ def test_errors_name_the_argument(options, message):
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process it starts")
 @pytest.mark.timeout(600)
-def test_under_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "cpu", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+def test_under_the_interpreter(interpreted):
+    assert interpreted.returncode == 0, interpreted.stdout[-6000:] + interpreted.stderr[-2000:]
 
 
 def launches(monkeypatch):

@@ -263,24 +263,17 @@ def test_compiled_passes_read_the_operands_and_never_pack(packed, mode):
     assert evolver.updates == 2
 
 
-def test_what_a_compiled_graph_takes_for_inputs(packed):
+def test_what_a_compiled_graph_takes_for_inputs(packed, recorder):
     """The buffers themselves, whose addresses CUDA graphs of the compiler may rely on; one graph for layers of one shape."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.utils import counters
 
-    nodes = []
-
-    def record(module, _):
-        nodes.extend(module.graph.nodes)
-        return make_boxed_func(module.forward)
-
+    backend, nodes = recorder
     layers = [SparseLinear(24, 16) for _ in range(3)]
     for layer in layers:
         layer.impl, layer.resident_operands = "operand_reader", DTYPE
     torch._dynamo.reset()
     counters.clear()
-    network = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    network = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend=backend)
     for layer in layers:
         network(layer, torch.randn(3, 24, dtype=DTYPE, requires_grad=True)).sum().backward()
     assert counters["stats"]["unique_graphs"] == 1

@@ -120,24 +120,17 @@ def test_compiled_passes_read_the_masks_and_never_search(packed, searches, n, mo
 
 
 @BOTH
-def test_what_a_compiled_graph_takes_for_inputs(packed, n):
+def test_what_a_compiled_graph_takes_for_inputs(packed, recorder, n):
     """The buffers themselves; one graph for layers of one shape."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.utils import counters
 
-    nodes = []
-
-    def record(module, _):
-        nodes.extend(module.graph.nodes)
-        return make_boxed_func(module.forward)
-
+    backend, nodes = recorder
     layers = [STELinear(24, 16, n=n) for _ in range(3)]
     for layer in layers:
         layer.impl, layer.resident_mask = "operand_reader", DTYPE
     torch._dynamo.reset()
     counters.clear()
-    network = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend=aot_autograd(fw_compiler=record, bw_compiler=record))
+    network = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend=backend)
     for layer in layers:
         network(layer, torch.randn(3, 24, dtype=DTYPE, requires_grad=True)).sum().backward()
     assert counters["stats"]["unique_graphs"] == 1
@@ -212,9 +205,9 @@ def test_eager_passes_notice_other_writers(searches):
         torch.testing.assert_close(model(x), plain(model, x), rtol=2e-2, atol=2e-2)
     check()
     assert searches == [2]  # whoever finds one out of date does all of them
-    before = model[0]._resident_ids
+    before = model[0]._resident.ids
     model.load_state_dict(build().state_dict())
-    assert model[0]._resident_ids is before and torch.equal(before, SparseWeight.from_dense(model[0].weight.detach()).ids)
+    assert model[0]._resident.ids is before and torch.equal(before, SparseWeight.from_dense(model[0].weight.detach()).ids)
 
 
 def test_another_dtype_copies_and_moves():
@@ -227,14 +220,14 @@ def test_another_dtype_copies_and_moves():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert other[0].resident_mask is None and torch.equal(other[0](x), layer(x))
     assert layer.resident_mask == DTYPE and "resident" not in str(model.state_dict().keys())
-    before = layer._resident_ids
+    before = layer._resident.ids
     model.float()  # nothing moved: captured graphs stay valid
-    assert layer._resident_ids is before
+    assert layer._resident.ids is before
     model.to(torch.float64)
-    assert layer.resident_mask == DTYPE and layer._resident_ids is not before
+    assert layer.resident_mask == DTYPE and layer._resident.ids is not before
     torch.testing.assert_close(layer(x.to(DTYPE)), plain(nn.Sequential(layer), x.to(DTYPE)), rtol=2e-2, atol=2e-2)
     layer.resident_mask = None
-    assert layer._resident_ids is None and layer(x.to(DTYPE)).dtype == DTYPE
+    assert layer._resident is None and layer(x.to(DTYPE)).dtype == DTYPE
     assert build()[0].to("meta").resident_mask is None
     model[2].to("meta")
     assert model[2].resident_mask is None

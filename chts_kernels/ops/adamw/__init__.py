@@ -9,9 +9,9 @@ import torch
 
 from ... import check
 from ...patterns import BLOCK
-from .._batch import too_large, why_not
+from .._batch import too_large, why_not, why_not_mixed, why_not_where_they_are
 from .._library import Op
-from .._triton import ALIGNMENT, READABLE, interpreting, lazy
+from .._triton import interpreting, lazy
 from . import reference
 
 ADAMW_ = Op(
@@ -30,13 +30,7 @@ def _why_not(values, grads, exp_avgs, exp_avg_sqs, steps, ids, n, operands, oper
         return "there is nothing to do"
     written = {"values": values, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "operands": operands, "operands_t": operands_t}
     reason = why_not(values[0], *ids[:1], *steps[:1], lr_tensor, grad_scale, found_inf) or too_large(max(ids, key=torch.Tensor.numel))
-    for name, tensors in written.items():
-        dtypes = {t.dtype for t in tensors}
-        if reason is None and (len(dtypes) > 1 or not dtypes <= set(READABLE)):
-            reason = f"it takes {name} all float32, all bfloat16 or all float16, got {sorted(map(str, dtypes))}"
-        for index, t in enumerate(tensors):
-            if reason is None and not (t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0):
-                reason = f"{name}[{index}] must be contiguous and start on a {ALIGNMENT}-byte boundary"
+    reason = reason or why_not_mixed(written) or why_not_where_they_are(written)
     if reason is None and exp_avgs[0].dtype != exp_avg_sqs[0].dtype:
         reason = f"it takes moments of one dtype, got {exp_avgs[0].dtype} and {exp_avg_sqs[0].dtype}"
     if reason is None and any(s.dtype != torch.float32 or s.device != values[0].device for s in steps):

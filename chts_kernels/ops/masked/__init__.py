@@ -10,9 +10,9 @@ import torch
 from ... import check
 from ...layout import metadata_shape
 from ...patterns import BLOCK
-from .._batch import too_large, why_not
+from .._batch import too_large, why_not, why_not_mixed, why_not_where_they_are
 from .._library import Op
-from .._triton import ALIGNMENT, READABLE, interpreting, lazy
+from .._triton import interpreting, lazy
 from . import reference
 
 MASK_OPERANDS_ = Op(
@@ -28,38 +28,28 @@ MASKED_OUT_DECAY_ = Op(
 )
 
 
-Lists = dict[str, Sequence[torch.Tensor]]
-
-
-def _why_not(anywhere: Lists, in_place: Lists, ids: Sequence[torch.Tensor]) -> str | None:
-    """The reason why the kernels cannot take these tensors, or None; those of ``anywhere`` may be copied."""
-    if not ids:
-        return "there is nothing to do"
-    reason = why_not(*ids[:1]) or too_large(max(ids, key=torch.Tensor.numel))
-    for name, tensors in (anywhere | in_place).items():
-        dtypes = {t.dtype for t in tensors}
-        if reason is None and name in ("weights", "values", "grads") and (len(dtypes) > 1 or not dtypes <= set(READABLE)):
-            reason = f"it takes {name} all float32, all bfloat16 or all float16, got {sorted(map(str, dtypes))}"
-    for name, tensors in in_place.items():
-        for index, t in enumerate(tensors):
-            if reason is None and not (t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0):
-                reason = f"{name}[{index}] must be contiguous and start on a {ALIGNMENT}-byte boundary"
-    return reason
+NO_BF16 = "Triton's interpreter does not round to bfloat16 as the device does"
 
 
 def _why_not_operands(weights, n, ids, values, operands, metas, operands_t, metas_t) -> str | None:
+    if not ids:
+        return "there is nothing to do"
+    if interpreting() and torch.bfloat16 == values[0].dtype != weights[0].dtype:
+        return NO_BF16
     written = {"ids": ids, "values": values, "operands": operands, "metas": metas, "operands_t": operands_t, "metas_t": metas_t}
-    reason = _why_not({"weights": weights}, written, ids)
-    if reason is None and interpreting() and torch.bfloat16 == values[0].dtype != weights[0].dtype:
-        reason = "Triton's interpreter does not round to bfloat16 as the device does"
-    return reason
+    return _why_not(ids) or why_not_mixed({"weights": weights, "values": values}) or why_not_where_they_are(written)
 
 
 def _why_not_decay(grads, weights, ids, n, decay) -> str | None:
-    reason = _why_not({"grads": grads, "weights": weights}, {"ids": ids}, ids)
-    if reason is None and interpreting() and grads[0].dtype == torch.bfloat16:
-        reason = "Triton's interpreter does not round to bfloat16 as the device does"
-    return reason
+    if not ids:
+        return "there is nothing to do"
+    if interpreting() and grads[0].dtype == torch.bfloat16:
+        return NO_BF16
+    return _why_not(ids) or why_not_mixed({"grads": grads, "weights": weights}) or why_not_where_they_are({"ids": ids})
+
+
+def _why_not(ids: Sequence[torch.Tensor]) -> str | None:
+    return why_not(ids[0]) or too_large(max(ids, key=torch.Tensor.numel))
 
 
 MASK_OPERANDS_.kernel("triton", _why_not_operands)(lazy(f"{__name__}.triton_masked", "mask_operands_"))
