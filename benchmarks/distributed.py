@@ -12,14 +12,17 @@ what efficiency is measured by. Dense and sparse models take the same batches, a
 
 A row's ``gpu_ms`` (``eager_ms`` on a CPU) is the median over windows of the wall time of a step of the slowest process, from one
 synchronised instant to the next; ``peak_bytes`` the largest peak of any process. The op ``update`` is ``TopologyEvolver.step()``
-alone, at a step where the topology changes: not the passes before it. ``note`` ends in figures that :func:`figures` reads:
+alone, at a step where the topology changes: not the passes before it. Its ``eager_ms`` is that wall time, most of it the host's in
+small models, and its ``gpu_ms`` how long it keeps the device busy when the host is ahead (rows of before 2026-11-29 have the wall
+time there). ``note`` ends in figures that :func:`figures` reads:
 
 - ``tokens_per_s``: of all processes together; ``efficiency``: that over ``world`` times the single process'.
 - ``host_ms``: of a step, until its last kernel is enqueued: near ``gpu_ms`` the host is what limits.
 - ``gradient_bytes``, ``sparse_gradient_bytes``: what one process hands to gradient collectives in a step, all of it and that of
   the layers that are sparse in ours: seen by a communication hook (DDP) or in the calls of reduce-scatter (FSDP, where the norms
   of a block travel with its layers). ``gathered_bytes``: parameters that all-gathers deliver to a process (FSDP).
-- ``ratio``: of an update to the single process'. ``changed``: the share of blocks whose pattern the timed updates changed.
+- ``ratio``, ``device_ratio``: of an update's ``eager_ms`` and ``gpu_ms`` to the single process'. ``changed``: the share of blocks
+  whose pattern the timed updates changed.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from torch import nn
 from benchmarks import environment
 from benchmarks.problems.models import SPECS, random_batch, stack
 from benchmarks.results import RESULTS, Results, Row, default_path
+from benchmarks.timing import SPIN_CYCLES_PER_MS
 from benchmarks.view import Table, mebibytes, milliseconds, percent, times
 from chts_train import FusedAdamW, TopologyEvolver, TopologySchedule, sparsify_
 from chts_train.configs import PRESETS, preset
@@ -65,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated: single, ddp, fsdp")
     parser.add_argument("--providers", default=",".join(PROVIDERS), help="comma-separated: dense, chts")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of each row")
-    parser.add_argument("--updates", type=int, default=5, help="timed updates of each row")
+    parser.add_argument("--updates", type=int, default=10, help="timed updates of each row, and as many for the device's own time")
     parser.add_argument("--batch", type=int, default=None, help="sequences of each process (default: the preset's micro-batch)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--all-layers", action="store_true", help="every block of a suite model, not the few that it usually has")
@@ -235,6 +239,7 @@ def measure(name: str, provider: str, processes: Processes, options: argparse.Na
     facts = {"tokens_per_s": speed, "host_ms": statistics.median(window[1] for window in windows), "tokens": job.tokens}
     row = _row("step", name, provider, processes, job, ms, peak, options)
     updates: list[float] = []
+    own: list[float] = []
     changed = 0.0
     if job.evolver is not None:
         for number in range(options.updates + 2):  # the first two warm up: kernels are chosen, buffers allocated
@@ -246,6 +251,9 @@ def measure(name: str, provider: str, processes: Processes, options: argparse.Na
                 places = sum(ids.numel() for ids in before.values())
                 moved = sum(int((layer.ids != before[key]).sum()) for key, layer in job.evolver.layers.items())
                 changed += moved / places / options.updates
+        for _ in range(options.updates if cuda else 0):
+            job.step()
+            own += _device_time(job.update, statistics.median(updates), processes, device)
         job.evolver.state_dict()  # looks at the last comparison of the ranks' ids
         if not changed:
             raise AssertionError(f"{name}, {processes.kind}: updates must change the topology, they changed nothing")
@@ -255,6 +263,7 @@ def measure(name: str, provider: str, processes: Processes, options: argparse.Na
     if not updates:
         return [row]
     update = _row("update", name, provider, processes, job, updates, None, options)
+    update.eager_ms, update.gpu_ms = statistics.median(updates), statistics.median(own) if own else None
     update.note += f"; {spell({'changed': changed})}"
     return [row, update]
 
@@ -273,14 +282,17 @@ def markdown(results: Results) -> str:
         ["model", "GPUs", "kind", "provider", "ms a step", "host ms", "tokens/s", "vs dense", "efficiency", "peak a GPU",
          "gradients of sparse layers, MB", "of dense", "all gradients, MB", "of dense", "gathered, MB"], [],
     )  # fmt: skip
-    updates = Table("A topology update alone", ["model", "GPUs", "kind", "time", "to the single GPU's", "blocks changed"], [])
+    updates = Table(
+        "A topology update alone",
+        ["model", "GPUs", "kind", "time", "to the single GPU's", "the device's own", "to the single GPU's", "blocks changed"], [],
+    )  # fmt: skip
     curves = Table(
         "The same run on one GPU and on several: differences from the one GPU's losses and turnovers",
         ["model", "GPUs", "kind", "updates", "mean, nats", "largest, nats", "largest, turnover", "held-out loss at the end"], [],
     )  # fmt: skip
     order = ("single", "reordered", "ddp", "fsdp")
     for row in sorted(rows, key=lambda r: (r.shape["model"], r.shape["world"], order.index(r.shape["kind"]), r.provider != "dense")):
-        facts, ms = figures(row), row.gpu_ms or row.eager_ms
+        facts, ms = figures(row), _wall(row)
         where = [row.shape["model"], str(row.shape["world"]), row.shape["kind"]]
         if row.op == "curve":
             apart = [facts.get(key) for key in ("mean_difference", "largest_difference", "largest_turnover_difference")]
@@ -289,7 +301,9 @@ def markdown(results: Results) -> str:
             curves.rows.append([*where, count, *cells, f"{facts['val_loss']:.4f}"])
             continue
         if row.op == "update":
-            updates.rows.append([*where, milliseconds(ms), times(facts.get("ratio")), f"{100 * facts.get('changed', 0):.2g} %"])
+            own = milliseconds(row.gpu_ms) if row.eager_ms and row.gpu_ms else ""
+            ratios = times(facts.get("ratio")), times(facts.get("device_ratio"))
+            updates.rows.append([*where, milliseconds(ms), ratios[0], own, ratios[1], f"{100 * facts.get('changed', 0):.2g} %"])
             continue
         dense = by.get((row.op, *where, "dense"))
         base = figures(dense) if dense is not None and row.provider != "dense" else {}
@@ -324,8 +338,16 @@ def _related(row: Row, rows: Sequence[Row]) -> Row:
         share = figures(row)["tokens_per_s"] / (figures(alone)["tokens_per_s"] * row.shape["world"])
         row.note += f" {spell({'efficiency': share})}"
     else:
-        row.note += f" {spell({'ratio': (row.gpu_ms or row.eager_ms) / (alone.gpu_ms or alone.eager_ms)})}"
+        ratios = {"ratio": _wall(row) / _wall(alone)}
+        if all(r.gpu_ms and r.eager_ms for r in (row, alone)):
+            ratios["device_ratio"] = row.gpu_ms / alone.gpu_ms
+        row.note += f" {spell(ratios)}"
     return row
+
+
+def _wall(row: Row) -> float:
+    """Milliseconds of wall time."""
+    return row.eager_ms or row.gpu_ms
 
 
 def _compile(model: nn.Module) -> None:
@@ -349,6 +371,21 @@ def _window(
         torch.cuda.synchronize(device)
     whole = time.perf_counter() - start
     return tuple(_largest(seconds, processes) / count * 1e3 for seconds in (whole, host))
+
+
+def _device_time(function: Callable[[], None], host_ms: float, processes: Processes, device: torch.device) -> list[float]:
+    """Milliseconds that a call of about ``host_ms`` of host time keeps the device busy, of the process where that is longest: the
+    device waits until the call is enqueued. Empty when a process was not done in time: then its device has waited for it."""
+    _synchronise(processes, device)
+    torch.cuda._sleep(int(SPIN_CYCLES_PER_MS * (1 + 3 * host_ms)))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    late = start.query()
+    end.record()
+    torch.cuda.synchronize(device)
+    took = _largest(start.elapsed_time(end), processes)
+    return [] if _largest(late, processes) else [took]
 
 
 def _synchronise(processes: Processes, device: torch.device) -> None:

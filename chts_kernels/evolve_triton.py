@@ -26,8 +26,9 @@ from .ops.score.triton_score import (
 )
 from .patterns import pattern_table
 
-WORKSPACE_BYTES = 192 << 20
-"""Layers of one shape are batched up to this much memory (one layer at least)."""
+WORKSPACE_BYTES = 1 << 30
+"""Layers of one shape are batched up to this much memory (one layer at least, which alone takes 0.6 GB at 14336 x 4096). It is what a
+model of a billion weights needs to keep the host ahead of the device, free between the passes, and out of reach of smaller models."""
 PARTIALS = 64
 
 

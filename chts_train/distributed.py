@@ -24,6 +24,7 @@ from torch import nn
 
 from chts_kernels import Operands, SparseWeight, carry_over_
 from chts_kernels.lasting import to_device
+from chts_kernels.ops._batch import aligned
 from chts_kernels.patterns import BLOCK
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")
@@ -169,33 +170,46 @@ def mesh_group(values: torch.Tensor) -> Any:
     return None if axis is None else values.device_mesh.get_group(axis)
 
 
+@torch.no_grad()
 def gathered_together(tensors: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
     """All of every DTensor on this rank, like :func:`gathered`, in one message for those of a mesh and dtype; copies, always.
+
+    Tensors of one shape are copied together, into the message and out of it: the number of launches is that of the shapes.
 
     Args:
         tensors: DTensors [N, ...] that :func:`first_row` takes, in the same order on every rank.
         device: gather there.
     """
     whole: list[torch.Tensor] = [torch.empty(0)] * len(tensors)
-    groups: dict[tuple[Any, int | None, torch.dtype], list[int]] = {}
+    kinds: dict[tuple[Any, ...], list[int]] = {}
     for place, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device_mesh, _sharded_axis(tensor, f"tensors[{place}]"), tensor.dtype), []).append(place)
-    for (mesh, axis, dtype), places in groups.items():
-        parts = [tensors[place].detach().to_local() for place in places]
+        kinds.setdefault((tensor.device_mesh, tensor.placements, tensor.dtype, tensor.shape), []).append(place)
+    messages: dict[tuple[Any, int | None, torch.dtype], list[list[int]]] = {}
+    for (mesh, _, dtype, _), places in kinds.items():
+        axis = _sharded_axis(tensors[places[0]], f"tensors[{places[0]}]")
+        messages.setdefault((mesh, axis, dtype), []).append(places)
+    for (mesh, axis, dtype), groups in messages.items():
         if axis is None:
-            for place, part in zip(places, parts, strict=True):
-                whole[place] = part.to(device, copy=True)
+            for place in (place for places in groups for place in places):
+                whole[place] = tensors[place].to_local().to(device, copy=True)
             continue
         size = mesh.size(axis)
-        rows = [-(-len(tensors[place]) // size) for place in places]  # of a rank; the last ones may have fewer
-        lengths = [count * math.prod(part.shape[1:]) for count, part in zip(rows, parts, strict=True)]
-        mine = torch.zeros(sum(lengths), dtype=dtype, device=device)
-        for own, part in zip(mine.split(lengths), parts, strict=True):
-            own[: part.numel()].view(part.shape).copy_(part)
+        # A rank's rows of all tensors of a shape; the last ranks may have fewer.
+        slots = [(len(places), -(-tensors[places[0]].shape[0] // size), *tensors[places[0]].shape[1:]) for places in groups]
+        lengths = [math.prod(slot) for slot in slots]
+        mine = torch.empty(sum(lengths), dtype=dtype, device=device)
+        for own, slot, places in zip(mine.split(lengths), slots, groups, strict=True):
+            parts = [tensors[place].to_local() for place in places]
+            rows, own = len(parts[0]), own.view(slot)
+            if rows:
+                torch._foreach_copy_(list(own[:, :rows].unbind()), parts)
+            own[:, rows:].zero_()
         all_of_them = torch.empty(size, len(mine), dtype=dtype, device=device)
         torch.distributed.all_gather_into_tensor(all_of_them.view(-1), mine, group=mesh.get_group(axis))
-        for place, part, columns in zip(places, parts, all_of_them.split(lengths, 1), strict=True):
-            whole[place] = columns.reshape(-1, *part.shape[1:])[: len(tensors[place])]
+        for columns, slot, places in zip(all_of_them.split(lengths, 1), slots, groups, strict=True):
+            together = columns.view(size, *slot).transpose(0, 1).flatten(1, 2)
+            for place, one in zip(places, together.unbind(), strict=True):
+                whole[place] = aligned(one[: tensors[place].shape[0]])
     return whole
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from chts_kernels import Evolution, SparseWeight, evolve_many
+from chts_kernels import Evolution, Operands, SparseWeight, evolve_many
 
 from .dense_gradient import DenseGradients
 from .distributed import (
@@ -394,12 +394,18 @@ class TopologyEvolver:
     def _update_sharded(self, members: list[Member], device: torch.device, impl: str) -> None:
         """Every rank computes all the new ids, from values gathered for these layers alone, and moves its own rows."""
         whole = gathered_together([layer.values for _, _, layer, _ in members], device)
-        weights = [SparseWeight(layer.ids, values, layer.n) for (_, _, layer, _), values in zip(members, whole, strict=True)]
+        weights = [
+            SparseWeight.view(layer.ids, values, layer.n, Operands()) for (_, _, layer, _), values in zip(members, whole, strict=True)
+        ]
         results = evolve_many(weights, layers=[index for index, *_ in members], impl=impl, **self._rule())
         together: dict[tuple, list[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]]] = {}
+        starts: dict[tuple, int] = {}
         for (_, name, layer, tensors), result in zip(members, results, strict=True):
             rows = [t.to_local() for t in (layer.values, *tensors)]
-            kind = layer.ids.shape, layer.n, first_row(layer.values, f"{name}.values"), *((t.shape, t.dtype, t.device) for t in rows)
+            layout = layer.ids.shape, layer.values.device_mesh, layer.values.placements
+            if layout not in starts:
+                starts[layout] = first_row(layer.values, f"{name}.values")
+            kind = layer.ids.shape, layer.n, starts[layout], *((t.shape, t.dtype, t.device) for t in rows)
             together.setdefault(kind, []).append((rows, result.old_ids, layer.ids))
             self._note(name, result)
         for (_, n, start, *_), moved in together.items():
@@ -437,9 +443,9 @@ class TopologyEvolver:
         """The ages of every layer's links, one update more."""
         ages = {name: self._age(name, layer) for name, layer in self.layers.items()}
         local = [age.to_local() if is_dtensor(age) else age for age in ages.values()]
-        if local:
+        if self.updates >= MAX_AGE:  # no link is older than there were updates; this takes a launch for each layer
             torch._foreach_clamp_max_(local, MAX_AGE - 1)
-            torch._foreach_add_(local, 1)
+        torch._foreach_add_(local, 1)
         return ages
 
     def _age(self, name: str, layer: SparseLinear) -> torch.Tensor:

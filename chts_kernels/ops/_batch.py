@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import check, cuda_driver
+from ..target import compute_capability
 from ._triton import READABLE
 
 SLOTS = 16
@@ -54,15 +55,14 @@ def why_not_in_place(tensors: Sequence[torch.Tensor]) -> str | None:
 
 def why_not(*tensors: torch.Tensor | None) -> str | None:
     """The reason why plain Triton kernels cannot take these tensors, or None."""
-    for tensor in tensors:
-        if tensor is None:
+    for device in dict.fromkeys(tensor.device for tensor in tensors if tensor is not None):
+        if device.type == "cpu" and interpreted():
             continue
-        if tensor.device.type == "cpu" and interpreted():
-            continue
-        if tensor.device.type != "cuda" or torch.version.hip is not None:
-            return f"it needs NVIDIA CUDA tensors (or TRITON_INTERPRET=1 on the CPU), got device {tensor.device}"
-        if torch.cuda.get_device_capability(tensor.device) < (8, 0):
-            return f"it needs compute capability 8.0, got {torch.cuda.get_device_capability(tensor.device)}"
+        capability = compute_capability(device)
+        if capability is None:
+            return f"it needs NVIDIA CUDA tensors (or TRITON_INTERPRET=1 on the CPU), got device {device}"
+        if capability < (8, 0):
+            return f"it needs compute capability 8.0, got {capability}"
     try:
         import triton  # noqa: F401
     except ImportError:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.distributed import figures, main, markdown
+from benchmarks.distributed import _related, figures, main, markdown
 from benchmarks.results import Results, Row
 from chts_train import sparsify_
 from chts_train.configs import preset
@@ -39,7 +39,7 @@ def test_rows_of_two_processes(tmp_path, capsys):
         assert row.suite == "distributed" and row.shape["world"] == world and row.eager_ms > 0 and row.error is None
         assert f"world {world}, {kind}; " in row.note
         if op == "update":
-            assert 0.01 < mine["changed"] < 0.3 and ("ratio" in mine) == (kind != "single")
+            assert 0.01 < mine["changed"] < 0.3 and ("ratio" in mine) == (kind != "single") and row.gpu_ms is None
             continue
         assert mine["tokens_per_s"] == pytest.approx(mine["tokens"] * world / row.eager_ms * 1e3, rel=1e-4)
         assert mine["host_ms"] <= row.eager_ms * 1.001
@@ -72,6 +72,23 @@ def test_tables_of_a_part_of_the_rows():
     assert figures(row) == {"tokens_per_s": 192, "host_ms": 0.5, "tokens": 24}
     assert "| llama-tiny | 8 | ddp | chts | 1.0 | 0.5 | 192 |" in markdown(Results({"gpu": "X"}, [row]))
     assert markdown(Results()) == "\n"
+
+
+def test_updates_are_related_by_wall_time_and_by_the_devices_own():
+    note = "world {}, {}; 2 of 2 blocks; 9.00 ms (9.00 to 9.00); changed=0.1"
+
+    def row(kind: str, world: int, wall: float | None, own: float) -> Row:
+        shape = {"model": "60m", "kind": kind, "world": world}
+        return Row("distributed", "update", shape, "bf16", "chts", gpu_ms=own, eager_ms=wall, note=note.format(world, kind))
+
+    alone, sharded, old = row("single", 1, 8.0, 1.0), row("fsdp", 2, 12.0, 1.3), row("ddp", 2, None, 16.0)
+    rows = [_related(r, [alone, sharded, old]) for r in (alone, sharded, old)]
+    assert [{key: value for key, value in figures(r).items() if "ratio" in key} for r in rows] == [
+        {}, {"ratio": 1.5, "device_ratio": 1.3}, {"ratio": 2.0}
+    ]  # fmt: skip
+    text = markdown(Results({"gpu": "X"}, rows))
+    assert "| 60m | 2 | fsdp | 12 ms | 1.50x | 1.3 ms | 1.30x | 10 % |" in text
+    assert "| 60m | 2 | ddp | 16 ms | 2.00x |  |  | 10 % |" in text  # of before there were both
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sharded and data-parallel layers on one GPU: NCCL with one process, gloo with two. Run with `pytest -m gpu`."""
+"""Sharded and data-parallel layers on one GPU: NCCL with one process, gloo with 2, 4 and 8. Run with `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from tests.chts_train.jobs import dcp, ddp, fsdp, trainer
+from tests.chts_train.jobs.launch import checks, read, require_ok, start
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -148,7 +151,7 @@ def run(folder: Path, program: str, world: int) -> list[str]:
     out = []
     try:
         for job in jobs:
-            text, errors = job.communicate(timeout=90)
+            text, errors = job.communicate(timeout=200)
             assert job.returncode == 0, text + errors[-4000:]
             out.append(text)
     finally:
@@ -165,3 +168,18 @@ def test_one_process_over_nccl(tmp_path):
 
 def test_two_processes_share_a_gpu(tmp_path):
     assert all("two processes on one GPU" in text for text in run(tmp_path, GLOO, 2))
+
+
+@pytest.mark.parametrize("world", (4, 8))
+@pytest.mark.parametrize("module", (ddp, fsdp, trainer), ids=("ddp", "fsdp", "trainer"))
+def test_many_processes_share_a_gpu(tmp_path, text_folder, module, world):
+    """What several GPUs run over NCCL (test_nccl_gpu), with its kernels and collectives, where there is only one GPU."""
+    (tmp_path / "text").symlink_to(text_folder)
+    start(tmp_path, world, checks(module), "cuda:0")
+    require_ok(read(tmp_path, world), checks(module))
+
+
+def test_distributed_checkpoints_change_the_number_of_processes_on_a_gpu(tmp_path):
+    for world, names in ((1, ["first_checkpoint"]), *((world, checks(dcp)) for world in (2, 4, 8)), (1, ["back_on_one"])):
+        start(tmp_path, world, names, "cuda:0")
+        require_ok(read(tmp_path, world), names)

@@ -16,7 +16,7 @@ import torch
 from chts_train.settings import Settings
 from chts_train.trainer import Trainer
 from tests.chts_train.jobs import dcp, ddp, fsdp, trainer
-from tests.chts_train.jobs.launch import ROOT, environment, read, require_ok, start
+from tests.chts_train.jobs.launch import ROOT, checks, environment, read, require_ok, start
 
 DEVICE = "cuda"
 GPUS = torch.cuda.device_count() if torch.distributed.is_available() and torch.distributed.is_nccl_available() else 0
@@ -26,10 +26,6 @@ WORLDS = [
 TWO = WORLDS[:1]
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(200)]
 LIMIT = 85
-
-
-def checks(module) -> list[str]:
-    return [name for name in vars(module) if name.startswith("check_") and "compiled" not in name]
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -221,6 +221,7 @@ def test_reading_the_figures_of_all_layers_waits_for_the_device_twice(monkeypatc
 def test_ages_end_at_255():
     model, optimizer, schedule = _setup(zeta=0.0)
     evolver = TopologyEvolver(model, optimizer, schedule)
+    evolver.updates = 254
     for age, start in zip(evolver.ages.values(), (0, 254), strict=True):
         age.fill_(start)
     _run(model, optimizer, evolver, 20, False)

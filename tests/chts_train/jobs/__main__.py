@@ -1,7 +1,7 @@
 """One rank of a small job: ``python -m tests.chts_train.jobs FOLDER CHECK...``, started by :mod:`tests.chts_train.jobs.launch`.
 
-Over gloo, or with ``JOBS_DEVICE=cuda`` over NCCL with a GPU for each rank. Each check compares with a single process, which every
-rank computes for itself. Results go to ``FOLDER/<world>-<rank>.json``.
+Over gloo on the CPU, with ``JOBS_DEVICE=cuda:0`` over gloo on one GPU, or with ``JOBS_DEVICE=cuda`` over NCCL with a GPU for each
+rank. Each check compares with a single process, which every rank computes for itself. Results go to ``FOLDER/<world>-<rank>.json``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,21 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from chts_train.distributed import gathered_together
 
 from . import checks
-from .common import DEVICE, FOLDER, RANK, WORLD
+from .common import DEVICE, FOLDER, JOBS_DEVICE, RANK, WORLD
+
+
+def full_tensor(tensor: DTensor) -> torch.Tensor:
+    """``DTensor.full_tensor`` without functional collectives: waiting for one of CUDA tensors over gloo crashes torch 2.11."""
+    if not any(placement.is_partial() for placement in tensor.placements):
+        return gathered_together([tensor], DEVICE)[0]
+    total = tensor.to_local().clone()
+    dist.all_reduce(total)
+    return total
 
 
 def main() -> None:
@@ -26,8 +38,10 @@ def main() -> None:
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
     if WORLD > 1:
-        backend, store = "gloo" if DEVICE.type == "cpu" else "cpu:gloo,cuda:nccl", f"file://{FOLDER}/store-{WORLD}"
+        backend, store = "cpu:gloo,cuda:nccl" if JOBS_DEVICE == "cuda" else "gloo", f"file://{FOLDER}/store-{WORLD}"
         dist.init_process_group(backend, store, timedelta(seconds=60), WORLD, RANK)
+    if JOBS_DEVICE == "cuda:0":
+        DTensor.full_tensor = full_tensor
     for name in sys.argv[2:]:
         start = time.process_time()
         try:

@@ -16,7 +16,8 @@ from chts_train.distributed import gathered
 
 FOLDER = Path(sys.argv[1]) if len(sys.argv) > 1 else Path()
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-DEVICE = torch.device("cuda", RANK) if os.environ.get("JOBS_DEVICE") == "cuda" else torch.device("cpu")
+JOBS_DEVICE = os.environ.get("JOBS_DEVICE", "cpu")
+DEVICE = torch.device("cuda", RANK) if JOBS_DEVICE == "cuda" else torch.device(JOBS_DEVICE)
 BATCH, STEPS = 48, 8  # two equal parts for each of up to 8 ranks
 SCHEDULE = TopologySchedule(total_steps=20, interval=3, stop_fraction=1.0, zeta=0.3, lr_ramp_steps=2)
 # 20 rows over 2 ranks cut a 4x4 block, over 3 ranks also unevenly (7, 7, 6); 4 rows leave the third of 3 ranks without any.

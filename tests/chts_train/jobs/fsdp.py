@@ -83,14 +83,16 @@ def check_gathered_together():
     from chts_train.distributed import gathered_together, sums
 
     draw = torch.Generator().manual_seed(3)
-    whole = [torch.randn(shape, generator=draw).to(DEVICE) for shape in ((7, 3), (1, 2), (12, 4))]
+    whole = [torch.randn(shape, generator=draw).to(DEVICE) for shape in ((7, 3), (1, 2), (12, 4), (7, 3), (12, 4), (7, 3))]
+    whole.append(whole[0].to(torch.bfloat16))
     whole.append(torch.randint(0, 256, (5, 6), generator=draw, dtype=torch.uint8).to(DEVICE))
     mesh = init_device_mesh(DEVICE.type, (WORLD,))
     for placement in (Shard(0), Replicate()):
         parts = [distribute_tensor(t, mesh, [placement], src_data_rank=None) for t in whole]
         for one, other in zip(gathered_together(parts, DEVICE), whole, strict=True):
             assert one.dtype == other.dtype and torch.equal(one, other)
-        assert [int(s) for s in sums([*parts[3:], whole[3]], DEVICE)] == [int(whole[3].sum())] * 2
+            assert one.is_contiguous() and one.data_ptr() % 16 == 0  # what kernels take
+        assert [int(s) for s in sums([parts[-1], whole[-1]], DEVICE)] == [int(whole[-1].sum())] * 2
 
 
 def check_fsdp_moves():

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from .checks import NAMES
 
@@ -21,8 +22,16 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
+def checks(module: ModuleType) -> list[str]:
+    """Names of a module's checks, without those that compile: they take most of the time, and more ranks add nothing to them."""
+    return [name for name in vars(module) if name.startswith("check_") and "compiled" not in name]
+
+
 def start(folder: Path, world: int, names: Sequence[str], device: str = "cpu", limit: float = 240) -> None:
-    """Run the checks of these names on ``world`` processes; after ``limit`` seconds they are killed."""
+    """Run the checks of these names on ``world`` processes, on the CPU, on a GPU each ("cuda") or on one GPU ("cuda:0").
+
+    After ``limit`` seconds they are killed.
+    """
     processes = []
     for rank in range(world):
         with open(folder / f"{world}-{rank}.log", "w") as log:
@@ -58,4 +67,4 @@ def require_ok(results: list[dict], names: Sequence[str]) -> None:
     assert not wrong, "\n".join(wrong[: 2 * len(results)])
 
 
-__all__ = ["NAMES", "environment", "read", "require_ok", "start"]
+__all__ = ["NAMES", "checks", "environment", "read", "require_ok", "start"]
