@@ -27,12 +27,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="th
 WORLDS = 2, 3, 4, 8
 SOME = ("check_ddp_is_a_single_process", "check_a_rank_that_differs_is_named", "check_fsdp_is_a_single_process",
         "check_gathered_together", "check_checkpoint_of_another_world_size", "check_trainer_is_a_single_process")  # fmt: skip
-"""Of 8 processes, which have most to do with starting."""
+"""What 4 and 8 processes run, which have most to do with starting."""
 
 
 def names_of(world: int) -> list[str]:
     """Compiling takes most of the time, and a third process adds nothing to it."""
-    return [name for name in NAMES if (world < 8 or name in SOME) and (world == 2 or "compiled" not in name)]
+    return [name for name in NAMES if (world < 4 or name in SOME) and (world == 2 or "compiled" not in name)]
 
 
 CASES = [(world, name) for world in WORLDS for name in names_of(world)] + [(1, "back_on_one")]
