@@ -65,12 +65,13 @@ def test_two_processes_compute_the_run_of_one(text_folder, tmp_path, capsys):
     assert Trainer.resume(tmp_path / "two", Settings(device="cpu", quiet=True)).counters.step == 6
 
 
-def test_a_killed_process_ends_the_run(text_folder, tmp_path):
+@pytest.mark.parametrize(("processes", "kind"), ((2, "ddp"), (4, "fsdp")))
+def test_a_killed_process_ends_the_run(text_folder, tmp_path, processes, kind):
     run = tmp_path / "run"
-    job = torchrun(*arguments(text_folder, run, steps=100_000))
-    log = run / "metrics.jsonl"
+    options = "--batch-size", str(2 * processes), "--parallel", kind
+    job = torchrun(*arguments(text_folder, run, steps=100_000), *options, processes=processes)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (log.exists() and rows(run, "eval")):
+    while time.monotonic() < deadline and not (run / "checkpoints" / "latest").exists():
         assert job.poll() is None, job.communicate()[1]
         time.sleep(0.1)
     children = [int(pid) for pid in _children(job.pid)]
@@ -78,7 +79,7 @@ def test_a_killed_process_ends_the_run(text_folder, tmp_path):
     os.kill(victim, signal.SIGKILL)
     _, errors = job.communicate(timeout=100)
     assert job.returncode != 0
-    assert "error: process 0 of 2 lost another one at step" in errors or "SIGTERM" in errors, errors
+    assert f"error: process 0 of {processes} lost another one at step" in errors or "SIGTERM" in errors, errors
     assert "Signal 9 (SIGKILL)" in errors  # torchrun's report names the one that was killed
     assert Trainer.resume(run, Settings(device="cpu", quiet=True)).counters.step >= 3  # what was saved is intact
 
