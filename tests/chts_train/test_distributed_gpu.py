@@ -173,7 +173,7 @@ def test_two_processes_share_a_gpu(tmp_path):
 @pytest.mark.parametrize("world", (4, 8))
 @pytest.mark.parametrize("module", (ddp, fsdp, trainer), ids=("ddp", "fsdp", "trainer"))
 def test_many_processes_share_a_gpu(tmp_path, text_folder, module, world):
-    """What several GPUs run over NCCL (test_nccl_gpu), with its kernels and collectives, where there is only one GPU."""
+    """What several GPUs run over NCCL (test_nccl_gpu), through the same kernels, where there is only one GPU."""
     (tmp_path / "text").symlink_to(text_folder)
     start(tmp_path, world, checks(module), "cuda:0")
     require_ok(read(tmp_path, world), checks(module))
