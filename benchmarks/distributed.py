@@ -13,8 +13,8 @@ what efficiency is measured by. Dense and sparse models take the same batches, a
 A row's ``gpu_ms`` (``eager_ms`` on a CPU) is the median over windows of the wall time of a step of the slowest process, from one
 synchronised instant to the next; ``peak_bytes`` the largest peak of any process. The op ``update`` is ``TopologyEvolver.step()``
 alone, at a step where the topology changes: not the passes before it. Its ``eager_ms`` is that wall time, most of it the host's in
-small models, and its ``gpu_ms`` how long it keeps the device busy when the host is ahead (rows of before 2026-11-29 have the wall
-time there). ``note`` ends in figures that :func:`figures` reads:
+small models, and its ``gpu_ms`` how long it keeps the device busy when the host is ahead, None if it never was (rows without an
+``eager_ms``, of before there were both, have the wall time there). ``note`` ends in figures that :func:`figures` reads:
 
 - ``tokens_per_s``: of all processes together; ``efficiency``: that over ``world`` times the single process'.
 - ``host_ms``: of a step, until its last kernel is enqueued: near ``gpu_ms`` the host is what limits.

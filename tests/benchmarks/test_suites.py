@@ -41,10 +41,12 @@ def same_kernels() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def just_started(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def just_started() -> Iterator[None]:
     """A run's time is counted from the start of its process; other tests have had this one for a while."""
-    monkeypatch.setattr(cli, "START", time.perf_counter())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cli, "START", time.perf_counter())
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file of a whole run over every suite."""
     path = tmp_path_factory.mktemp("benchmarks") / "cpu.json"
     if not torch.cuda.is_available():
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cli, "START", time.perf_counter())
-            assert main(["--out", str(path), "--shapes", "tiny", "--quick", "--no-plots"]) == 0
+        assert main(["--out", str(path), "--shapes", "tiny", "--quick", "--no-plots"]) == 0
     return path
 
 

@@ -93,7 +93,12 @@ def test_on_the_interpreter() -> None:
         subprocess.Popen([*command, part], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for part in ("cpu-1", "not cpu-1")
     ]
-    for output, child in [(child.communicate()[0], child) for child in children]:
+    try:
+        outputs = [child.communicate()[0] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    for child, output in zip(children, outputs, strict=True):
         assert child.returncode == 0 and " passed" in output, output[-6000:]
 
 
